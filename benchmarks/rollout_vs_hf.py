@@ -1,0 +1,182 @@
+"""The engine against Hugging Face `generate` on the quickstart's workload: same weights, prompts and sampling.
+
+Both sides get the whole batch at once. `generate` runs the stock model with sdpa attention on left-padded prompts, each
+repeated once per sample; the engine runs the prepared model. Runs are interleaved, the first of each is a warm-up, and
+medians are reported. Tokens per second count response tokens up to and including the stop token on both sides. The
+engine's time includes log-probs, which `generate` is not asked for.
+
+    python benchmarks/rollout_vs_hf.py [--runs 5] [--threads 2] [--out benchmarks/results]
+
+Prints one JSON object and one line for people; writes a file only with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from rlhf.models.linear import prepare_linears
+from rlhf.rng import generator, key
+from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
+
+VOCAB = 64
+STOP_IDS = tuple(range(8, 12))  # with random weights about one token in 16: responses of 8 to 32 tokens
+MIN_TOKENS, MAX_TOKENS = 8, 32
+
+
+def build_models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(prepared model, stock sdpa model) with the same random weights; the quickstart's architecture."""
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    stock = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    prepared = copy.deepcopy(stock)
+    prepared.set_attn_implementation("rlhf")
+    prepare_linears(prepared)
+    return prepared, stock
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Prompts of 8 to 12 tokens."""
+    source = generator(0, "benchmark prompts")
+    return [source.integers(12, VOCAB, source.integers(8, 13)).tolist() for _ in range(count)]
+
+
+def engine_run(engine: Engine, prompts: list[list[int]], samples: int) -> Callable[[int], int]:
+    """A function of the run's number that generates once and returns the number of response tokens."""
+    params = SamplingParams(max_tokens=MAX_TOKENS, min_tokens=MIN_TOKENS, stop_ids=STOP_IDS)
+
+    def run(number: int) -> int:
+        engine.set_version(number)  # as after an update: nothing cached, weights packed anew
+        requests = [
+            Request(str(i), tuple(p), params, tuple(key(number, "benchmark", i, j) for j in range(samples)))
+            for i, p in enumerate(prompts)
+        ]
+        return sum(len(c.token_ids) for group in engine.generate(requests) for c in group)
+
+    return run
+
+
+def generate_run(model: torch.nn.Module, prompts: list[list[int]], samples: int) -> Callable[[int], int]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+    def run(number: int) -> int:
+        torch.manual_seed(number)
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            num_return_sequences=samples,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=MIN_TOKENS,
+            max_new_tokens=MAX_TOKENS,
+            eos_token_id=list(STOP_IDS),
+            pad_token_id=0,
+        )[:, width:].numpy()
+        stopped = np.isin(out, STOP_IDS)
+        lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, out.shape[1])
+        return int(lengths.sum())
+
+    return run
+
+
+def compare(sides: dict[str, Callable[[int], int]], runs: int) -> dict[str, dict[str, float]]:
+    """Interleaved timings; the first run of each side is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    tokens: dict[str, list[int]] = {name: [] for name in sides}
+    for number in range(runs + 1):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            count = run(number)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+                tokens[name].append(count)
+    return {
+        name: {
+            "tokens_per_s": statistics.median(t / s for t, s in zip(tokens[name], seconds[name], strict=True)),
+            "seconds": statistics.median(seconds[name]),
+            "tokens": statistics.median(tokens[name]),
+        }
+        for name in sides
+    }
+
+
+def machine() -> dict[str, str | int]:
+    model_names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": model_names[0] if model_names else platform.processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    prepared, stock = build_models()
+    prompts = make_prompts(args.prompts)
+    config = EngineConfig(page_tokens=64, max_batch_tokens=8192, max_sequences=512, prefix_cache=True)
+    sides = {
+        "engine": engine_run(Engine(prepared, config), prompts, args.samples),
+        "generate": generate_run(stock, prompts, args.samples),
+    }
+    results = compare(sides, args.runs)
+    ratio = results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"]
+    report = {
+        "benchmark": "rollout_vs_hf",
+        "parameters": sum(p.numel() for p in stock.parameters()),
+        "prompts": args.prompts,
+        "samples": args.samples,
+        "runs": args.runs,
+        **results,
+        "ratio": ratio,
+        "machine": machine(),
+    }
+    print(json.dumps(report, indent=2))
+    print(
+        f"engine {results['engine']['tokens_per_s']:,.0f} tok/s, generate {results['generate']['tokens_per_s']:,.0f} "
+        f"tok/s: {ratio:.2f}x (median of {args.runs}, {torch.get_num_threads()} threads)"
+    )
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "rollout_vs_hf.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

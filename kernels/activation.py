@@ -1,0 +1,76 @@
+"""SiLU and tanh-GELU whose values do not depend on where in a tensor an element lies.
+
+torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a row's result
+depends on how many rows there are. Here they are composed of operations that do not (exp and tanh through the vector
+mathematics library, exact arithmetic otherwise). Where the width leaves no such remainder, and on CUDA, the fused
+kernels run. The backward is always the fused one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_VECTOR = 64  # elements that a fused kernel takes in one turn of its loop, at most
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x / (1 + exp(-x)), any shape and float dtype, differentiable."""
+    if _has_no_remainder(x):
+        return F.silu(x)
+    return _Silu.apply(x) if torch.is_grad_enabled() and x.requires_grad else _silu(x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape and float dtype, differentiable."""
+    if _has_no_remainder(x):
+        return F.gelu(x, approximate="tanh")
+    return _GeluTanh.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gelu_tanh(x)
+
+
+def _has_no_remainder(x: torch.Tensor) -> bool:
+    """Whether every thread's share of any number of rows is a whole number of vectors."""
+    if x.device.type != "cpu":
+        return True
+    return x.shape[-1] % (_VECTOR * math.lcm(*range(1, torch.get_num_threads() + 1))) == 0
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    wide = _wide(x)
+    return wide.div(wide.neg().exp_().add_(1)).to(x.dtype)
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    wide = _wide(x)
+    inner = wide.mul(wide).mul_(wide).mul_(0.044715)
+    inner.add_(wide).mul_(math.sqrt(2 / math.pi))
+    return inner.tanh_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return _silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return _gelu_tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_backward(grad, *ctx.saved_tensors, approximate="tanh")

@@ -1,0 +1,508 @@
+"""Causal attention over packed sequences and over paged keys and values, the same numbers from both.
+
+Here: one plan (which rows of q and of k/v meet in which batched product, built once and shared by all layers) and one
+function that attends; packed training batches (differentiable), prefill in any chunks and decode are plans. A query's
+output depends on its own q and the k/v of its own positions, bit for bit, because in every case:
+
+- query rows are padded to a multiple of 4 and keys to a multiple of 16: a row of a product does not see its neighbours;
+- masked scores are so low that their probabilities are exact zeros, and zeros change no sum;
+- probabilities meet values in tiles of 128 absolute positions, added in order.
+
+Arithmetic is in fp32 (fp64 for fp64 inputs). `rlhf.models.probe` checks on the machine at hand that the products keep
+the first promise; it needs head_dim >= 8. Not here: how a model reaches these functions (`rlhf.models.attention`),
+which page belongs to whom (`rlhf.rollout.cache`). On CUDA tensors the same torch operations run, one kernel each: right
+but not fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+ROW_STEP = 4  # query rows of one product are padded to a multiple of this
+KEY_STEP = 16  # keys are padded, and gathered from pages, in runs of this many positions
+TILE = 128  # probabilities x values is summed over tiles of this many positions
+_MASKED = -1e30
+_MAX_QUERIES = 256  # longest run of one sequence's queries in one product
+_MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 queries has more
+_MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
+_CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
+_MASK_KEPT = 1 << 18  # larger masks are made again in every layer
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pieces of sequences that one batched product serves: S pieces x Hkv heads, R queries x G query heads each, L keys."""
+
+    num_pieces: int
+    num_queries: int  # R
+    num_keys: int  # L
+    query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as (N*Hq, D)
+    padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad
+    key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as runs of positions of one head
+    query_at: torch.Tensor  # (S or 1, 1, R or 1, 1, 1) int64, a query's position counted from the first key
+    window: int | None
+    mask: torch.Tensor | None  # kept where it is small
+
+    def make_mask(self) -> torch.Tensor:
+        """(S or 1, 1, R or 1, 1, L) fp32, 0 where a query may see a key."""
+        if self.mask is not None:
+            return self.mask
+        return _mask(self.query_at, self.num_keys, self.window)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every block of a plan for one (Hkv, G, window)."""
+
+    blocks: tuple[Block, ...]
+    num_rows: int  # of the blocks' outputs, one block after another
+    output_rows: torch.Tensor  # (N*Hq,) int64, where each row of the output lies in those
+    key_order: torch.Tensor | None  # (N*Hkv,) int64, the same for keys where each lies in one block only
+
+
+class Plan:
+    """Who attends to what. Sequence s has `query_lens[s]` >= 1 new tokens, the last of its `context_lens[s]` positions;
+    the new tokens of all sequences lie one after another in q (N, Hq, D).
+
+    Without pages k and v are (N, Hkv, D) beside q and a context is its queries. With pages, position p of sequence s
+    lies in page `page_table[s, p // page_tokens]`; table entries beyond the context are never read. Unwritten positions
+    of a page must be finite (allocate pages with zeros).
+    """
+
+    def __init__(
+        self,
+        query_lens: Sequence[int] | np.ndarray | torch.Tensor,
+        context_lens: Sequence[int] | np.ndarray | torch.Tensor,
+        *,
+        page_table: np.ndarray | torch.Tensor | None = None,
+        page_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.query_lens, self.context_lens = _ints(query_lens), _ints(context_lens)
+        self.page_table = None if page_table is None else _ints(page_table)
+        self.page_tokens, self.device = page_tokens, torch.device(device)
+        self.starts = np.cumsum(self.query_lens) - self.query_lens
+        self.num_tokens = int(self.query_lens.sum())
+        self._layouts: dict[tuple[int, int, int | None], Layout] = {}
+        if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
+            raise ValueError("every sequence needs at least one query and a context that ends with its queries")
+        if self.page_table is None:
+            if (self.context_lens != self.query_lens).any():
+                raise ValueError("a context longer than its queries needs a page_table")
+        elif page_tokens is None or page_tokens % KEY_STEP:
+            raise ValueError(f"page_tokens={page_tokens} must be a multiple of {KEY_STEP}")
+
+    def layout(self, num_kv_heads: int, group: int, window: int | None) -> Layout:
+        """`group` query heads share a key head; a query sees the last `window` positions, itself included."""
+        key = (num_kv_heads, group, window)
+        if key not in self._layouts:
+            self._layouts[key] = self._make_layout(num_kv_heads, group, window)
+        return self._layouts[key]
+
+    def _make_layout(self, heads: int, group: int, window: int | None) -> Layout:
+        seq, first, count = self._pieces(heads * group)
+        start_at = (self.context_lens - self.query_lens)[seq] + first  # position of a piece's first query
+        key_from = np.zeros_like(seq) if window is None else np.maximum(start_at - window + 1, 0) // TILE * TILE
+        padded = _round_up(count, ROW_STEP // np.gcd(ROW_STEP, group))
+        keys = _round_up(start_at + count - key_from, KEY_STEP)
+        blocks: list[Block] = []
+        output_rows = np.empty(self.num_tokens * heads * group, np.int64)
+        offset = 0
+        for members, rows, width in _group(padded, keys, heads, group):
+            query = np.minimum(np.arange(rows), count[members, None] - 1)  # (S, R), padding repeats the last
+            token = (self.starts[seq] + first)[members, None] + query
+            head = np.arange(heads)[:, None, None] * group + np.arange(group)  # (Hkv, 1, G)
+            query_rows = token[:, None, :, None] * (heads * group) + head  # (S, Hkv, R, G)
+            real = np.arange(rows) < count[members, None]
+            valid = np.broadcast_to(real[:, None, :, None], query_rows.shape)
+            place = offset + np.arange(query_rows.size).reshape(query_rows.shape)
+            output_rows[query_rows[valid]] = place[valid]
+            offset += query_rows.size
+            at = (start_at - key_from)[members]
+            at = at[:1, None] + np.arange(rows) if (at == at[0]).all() else at[:, None] + query
+            query_at = self._tensor(at[:, None, :, None, None])
+            if (count[members] == 1).all():
+                query_at = query_at[:, :, :1]
+            blocks.append(
+                Block(
+                    num_pieces=len(members),
+                    num_queries=rows,
+                    num_keys=width,
+                    query_rows=self._tensor(query_rows.ravel()),
+                    padding=None if real.all() else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
+                    key_rows=self._tensor(self._key_rows(seq[members], key_from[members], width, heads).ravel()),
+                    query_at=query_at,
+                    window=window,
+                    mask=_mask(query_at, width, window) if query_at.numel() * width <= _MASK_KEPT else None,
+                )
+            )
+        return Layout(tuple(blocks), offset, self._tensor(output_rows), self._key_order(blocks, heads, len(seq)))
+
+    def _pieces(self, num_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cut long runs of queries: (sequence, first query, number of queries) of each piece."""
+        longest = int(self.context_lens[self.query_lens > 1].max(initial=1))
+        size = int(np.clip(_MAX_SCORES // (num_heads * longest), 16, _MAX_QUERIES)) // 16 * 16
+        pieces = -(-self.query_lens // size)
+        seq = np.repeat(np.arange(len(pieces)), pieces)
+        first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
+        return seq, first, np.minimum(self.query_lens[seq] - first, size)
+
+    def _key_rows(self, seq: np.ndarray, key_from: np.ndarray, width: int, heads: int) -> np.ndarray:
+        """(S, Hkv, L / run) rows of the key table; beyond the context, the last row of the context again."""
+        last = self.context_lens[seq, None] - 1
+        head = np.arange(heads)[:, None]
+        if self.page_table is None:
+            position = np.minimum(key_from[:, None] + np.arange(width), last)
+            return (self.starts[seq, None] + position)[:, None] * heads + head
+        runs = self.page_tokens // KEY_STEP
+        run = np.minimum(key_from[:, None] // KEY_STEP + np.arange(width // KEY_STEP), last // KEY_STEP)
+        page = np.take_along_axis(self.page_table[seq], run // runs, 1)
+        return (page[:, None] * heads + head) * runs + (run % runs)[:, None]
+
+    def _key_order(self, blocks: list[Block], heads: int, num_pieces: int) -> torch.Tensor | None:
+        if self.page_table is not None or num_pieces != len(self.query_lens):
+            return None
+        rows = torch.cat([b.key_rows for b in blocks]).cpu().numpy()
+        first_of_row = np.unique(rows, return_index=True)[1]  # what repeats a row after it is padding
+        assert len(first_of_row) == self.num_tokens * heads, "every key lies in exactly one block"
+        return self._tensor(first_of_row)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _ints(values: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+    return (values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)).astype(np.int64)
+
+
+def _round_up(values: np.ndarray, step: int) -> np.ndarray:
+    return -(-values // step) * step
+
+
+def _group(queries: np.ndarray, keys: np.ndarray, heads: int, group: int) -> list[tuple[np.ndarray, int, int]]:
+    """Pieces of similar size together: (members, padded queries, padded keys), padding at most half as much again as
+    the work itself, or too little to matter."""
+    shape, member_of, counts = np.unique(queries << 32 | keys, return_inverse=True, return_counts=True)
+    order = np.argsort(member_of, kind="stable")
+    groups: list[tuple[int, int, int, int, int]] = []  # end in `order`, R, L, number of pieces, real scores
+    end = 0
+    for code, n in zip(shape.tolist(), counts.tolist()):
+        r, width, end = code >> 32, code & 0xFFFFFFFF, end + n
+        if groups:
+            _, last_r, last_width, last_n, last_work = groups[-1]
+            top_r, top_width, total, work = max(r, last_r), max(width, last_width), n + last_n, last_work + n * r * width
+            waste = total * top_r * top_width - work
+            if waste <= work // 2 or waste * heads * group <= _CHEAP_SCORES:
+                groups[-1] = (end, top_r, top_width, total, work)
+                continue
+        groups.append((end, r, width, n, n * r * width))
+    out = []
+    start = 0
+    for end, r, width, _, _ in groups:
+        step = max(1, min(_MAX_SCORES // (r * group), _MAX_KEYS) // (heads * width))
+        out += [(order[i : min(i + step, end)], r, width) for i in range(start, end, step)]
+        start = end
+    return out
+
+
+def _mask(query_at: torch.Tensor, num_keys: int, window: int | None) -> torch.Tensor:
+    key_at = torch.arange(num_keys, device=query_at.device)
+    hidden = key_at > query_at
+    if window is not None:
+        hidden |= key_at <= query_at - window
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, _MASKED)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: Sequence[int] | np.ndarray | torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention within each of the packed sequences [cu_seqlens[s], cu_seqlens[s+1]). Differentiable; the
+    backward recomputes the probabilities block by block, so memory stays bounded for long sequences.
+
+    q (N, Hq, D), k (N, Hkv, D), v (N, Hkv, Dv) -> (N, Hq, Dv). scores = softcap * tanh(scale * q k / softcap) where
+    softcap is set; a query sees the last `window` positions, itself included; `sinks` (Hq,) are logits of an extra
+    key with no value.
+    """
+    lens = np.diff(_ints(cu_seqlens))
+    return attend_packed(q, k, v, Plan(lens, lens, device=q.device), scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def attend_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`packed_attention` with a plan that other layers share."""
+    layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _PackedAttention.apply(q, k, v, sinks, layout, scale, softcap)
+    return _attend(q, _rows(k), _rows(v), k.shape[1], layout, scale, softcap, sinks)
+
+
+def write_kv(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Put k, v (N, Hkv, D) of N new tokens into pages (P, Hkv, page, D); slot = page * page_tokens + place in it."""
+    write_rows(k_pages, v_pages, k, v, kv_rows(slots, k.shape[1], k_pages.shape[2]))
+
+
+def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
+    """(N*Hkv,) rows of pages seen as (P*Hkv*page, D) for slots (N,): the same in every layer."""
+    first = slots.div(page_tokens, rounding_mode="floor") * (num_kv_heads * page_tokens) + slots.remainder(page_tokens)
+    return (first[:, None] + torch.arange(num_kv_heads, device=slots.device) * page_tokens).view(-1)
+
+
+def write_rows(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """`write_kv` with rows from `kv_rows`."""
+    k_pages.view(-1, k.shape[-1]).index_copy_(0, rows, _rows(k))
+    v_pages.view(-1, v.shape[-1]).index_copy_(0, rows, _rows(v))
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of new tokens to their contexts in pages; decode, prefill and chunked prefill in any mixture.
+
+    q (N, Hq, D) with sequence s in [query_starts[s], query_starts[s+1]), its tokens the last of its context_lens[s]
+    positions, already written; pages (P, Hkv, page, D); page_table (S, max pages) -> (N, Hq, D). No gradient. The page
+    size does not change the result. Bitwise equal to `packed_attention` of the same sequences.
+    """
+    plan = Plan(
+        np.diff(_ints(query_starts)),
+        context_lens,
+        page_table=page_table,
+        page_tokens=k_pages.shape[2],
+        device=q.device,
+    )
+    return attend_paged(q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def attend_paged(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`paged_attention` with a plan that other layers share."""
+    heads = k_pages.shape[1]
+    layout = plan.layout(heads, q.shape[1] // heads, window)
+    k = k_pages.view(-1, KEY_STEP * k_pages.shape[-1])
+    v = v_pages.view(-1, KEY_STEP * v_pages.shape[-1])
+    with torch.no_grad():
+        return _attend(q, k, v, heads, layout, scale, softcap, sinks, v_dim=v_pages.shape[-1])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, H, D) -> (N*H, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gather(table: torch.Tensor, rows: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Rows of a table in the dtype of the arithmetic."""
+    return table.index_select(0, rows).view(shape).to(_compute_dtype(table.dtype))
+
+
+_scratch_buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor, on the CPU in memory that the next block and layer use again: new pages of memory cost
+    more than the copy into them."""
+    size = math.prod(shape)
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffer = _scratch_buffers.get((name, dtype))
+    if buffer is None or buffer.numel() < size:
+        buffer = _scratch_buffers[name, dtype] = torch.empty(size, dtype=dtype)
+    return buffer[:size].view(shape)
+
+
+def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: int) -> torch.Tensor:
+    """`_gather` into scratch memory."""
+    place = _scratch(name, (rows.shape[0], table.shape[1]), table.dtype, table.device)
+    torch.index_select(table, 0, rows, out=place)
+    dtype = _compute_dtype(table.dtype)
+    if dtype != table.dtype:
+        place = _scratch(name, place.shape, dtype, table.device).copy_(place)
+    return place.view(shape)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    layout: Layout,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    v_dim: int | None = None,
+) -> torch.Tensor:
+    """q (N, Hq, D); k, v as tables whose rows are runs of positions of one head -> (N, Hq, Dv). No gradient."""
+    v_dim = v.shape[-1] if v_dim is None else v_dim
+    dtype, q_rows = _compute_dtype(q.dtype), _rows(q)
+    flat = torch.empty(layout.num_rows, v_dim, dtype=dtype, device=q.device)
+    for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
+        batch = block.num_pieces * heads
+        rows = block.query_rows.shape[0] // batch
+        qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, q.shape[-1])
+        kb = _gather_scratch("kv", k, block.key_rows, batch, block.num_keys, q.shape[-1])
+        scores = _scratch("scores", (batch, rows, block.num_keys), dtype, q.device)
+        _scores(qb, kb, block, heads, scale, softcap, scores)
+        probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, q.device))
+        vb = _gather_scratch("kv", v, block.key_rows, batch, block.num_keys, v_dim)
+        _weighted_values(probs, vb, out.view(batch, rows, v_dim))
+    return flat.index_select(0, layout.output_rows).view(*q.shape[:2], v_dim).to(q.dtype)
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block: Block,
+    heads: int,
+    scale: float,
+    softcap: float | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(S*Hkv, R*G, D) x (S*Hkv, L, D) -> masked scores (S*Hkv, R*G, L)."""
+    scores = torch.bmm(q, k.transpose(1, 2), out=out)
+    by_head = scores.view(block.num_pieces, heads, block.num_queries, -1, block.num_keys)
+    if softcap is None:
+        torch.add(block.make_mask(), by_head, alpha=scale, out=by_head)
+    else:
+        by_head.mul_(scale / softcap).tanh_().mul_(softcap).add_(block.make_mask())
+    return scores
+
+
+def _probs(
+    scores: torch.Tensor, sinks: torch.Tensor | None, block: Block, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax over the keys; with sinks, over KEY_STEP columns in front too, of which the first is the sink."""
+    if sinks is None:
+        return torch.softmax(scores, -1, out=out)
+    batch, rows, _ = scores.shape
+    heads = batch // block.num_pieces
+    front = scores.new_full((batch, rows, KEY_STEP), _MASKED)
+    group = rows // block.num_queries
+    by_head = front.view(block.num_pieces, heads, block.num_queries, group, KEY_STEP)
+    by_head[..., 0] = sinks.detach().view(heads, 1, group).to(scores.dtype)
+    return torch.softmax(torch.cat([front, scores], -1), -1)
+
+
+def _weighted_values(probs: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    """(S*Hkv, R*G, L) x (S*Hkv, L, Dv) -> out (S*Hkv, R*G, Dv), tile after tile."""
+    num_keys = v.shape[1]
+    probs = probs[..., probs.shape[-1] - num_keys :]
+    torch.bmm(probs[..., :TILE], v[:, :TILE], out=out)
+    for start in range(TILE, num_keys, TILE):
+        out.baddbmm_(probs[..., start : start + TILE], v[:, start : start + TILE])
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        layout: Layout,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
+        return _attend(q, _rows(k), _rows(v), k.shape[1], layout, scale, softcap, sinks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks = ctx.saved_tensors
+        heads, layout = k.shape[1], ctx.layout
+        q_rows, k_rows, v_rows, grad_rows = _rows(q), _rows(k), _rows(v), _rows(grad)
+        grads_q, grads_k, grads_v = [], [], []
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+        for block in layout.blocks:
+            batch = block.num_pieces * heads
+            qb = _gather(q_rows, block.query_rows, batch, -1, q.shape[-1])
+            kb = _gather(k_rows, block.key_rows, batch, block.num_keys, k.shape[-1])
+            vb = _gather(v_rows, block.key_rows, batch, block.num_keys, v.shape[-1])
+            gb = _gather(grad_rows, block.query_rows, batch, -1, v.shape[-1])
+            if block.padding is not None:
+                gb *= block.padding
+            scores = _scores(qb, kb, block, heads, ctx.scale, ctx.softcap)
+            probs = _probs(scores, sinks, block)
+            front = probs.shape[-1] - block.num_keys
+            grads_v.append(torch.bmm(probs[..., front:].transpose(1, 2), gb))
+            grad_probs = torch.bmm(gb, vb.transpose(1, 2))
+            if front:
+                grad_probs = torch.nn.functional.pad(grad_probs, (front, 0))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            if grad_sinks is not None:
+                by_head = grad_scores[..., 0].view(block.num_pieces, heads, block.num_queries, -1)
+                grad_sinks += by_head.sum((0, 2)).view(-1).to(grad_sinks.dtype)
+                grad_scores = grad_scores[..., front:]
+            if ctx.softcap is not None:  # d tanh; masked scores are beyond it and have no gradient
+                grad_scores = grad_scores * (1 - (scores / ctx.softcap).clamp_(-1, 1).square_())
+            grads_q.append(torch.bmm(grad_scores, kb).mul_(ctx.scale))
+            grads_k.append(torch.bmm(grad_scores.transpose(1, 2), qb).mul_(ctx.scale))
+        grad_q = _concat(grads_q).index_select(0, layout.output_rows).view(q.shape).to(q.dtype)
+        grad_k = _sum_keys(grads_k, layout, k)
+        grad_v = _sum_keys(grads_v, layout, v)
+        return grad_q, grad_k, grad_v, grad_sinks, None, None, None
+
+
+def _concat(parts: list[torch.Tensor]) -> torch.Tensor:
+    flat = [_rows(p) for p in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _sum_keys(parts: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
+    """Gradients of the blocks' keys back to (N, Hkv, D). Padding keys carry exact zeros."""
+    if layout.key_order is not None:
+        total = _concat(parts).index_select(0, layout.key_order)
+    else:
+        total = torch.zeros(like.shape[0] * like.shape[1], like.shape[2], dtype=parts[0].dtype, device=like.device)
+        for part, block in zip(parts, layout.blocks):
+            total.index_add_(0, block.key_rows, _rows(part))
+    return total.view(like.shape).to(like.dtype)

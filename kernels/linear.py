@@ -1,0 +1,116 @@
+"""y = x W^T + b whose rows do not depend on how many rows there are.
+
+Here: the forward through oneDNN's prepacked weights on the CPU (bitwise the same row at every number of rows, in fp32
+and bf16) with ordinary matrix products behind it in the backward. Not here: when a weight has changed and must be
+packed again (`rlhf.models.linear`). On CUDA, and for other dtypes, `linear` is `torch.nn.functional.linear`, which
+promises nothing about rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedWeight:
+    """One weight in oneDNN's own layout, and which state of which tensor it was made from.
+
+    A copy (deepcopy, pickle) is empty: packs are made again where they are needed.
+    """
+
+    __slots__ = ("data", "source")
+
+    def __init__(self) -> None:
+        self.data: torch.Tensor | None = None
+        self.source: tuple[int, int] | None = None
+
+    def update(self, weight: torch.Tensor) -> torch.Tensor:
+        """The pack of `weight` as it is now. Writes through `.data` leave no trace: after those, call `clear`."""
+        source = (weight.data_ptr(), weight._version)
+        if self.data is None or source != self.source:
+            self.data, self.source = pack(weight), source
+        return self.data
+
+    def clear(self) -> None:
+        self.data = self.source = None
+
+    def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
+        return PackedWeight, ()
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether `linear` has a row-invariant kernel for this (out, in) weight."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _PACKED_DTYPES
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """(out, in) fp32 or bf16 CPU weight -> an opaque tensor in oneDNN's layout, of the same size."""
+    with torch.no_grad():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+def row_bucket(num_rows: int) -> int:
+    """The number of rows that the kernel is run with: oneDNN builds a kernel for each new number of rows (about 1 ms),
+    so numbers are rounded up to a few. A caller that pads its rows to a bucket saves a copy of x in every linear."""
+    if num_rows <= 2:
+        return max(num_rows, 1)
+    for limit, step in ((16, 4), (32, 8), (128, 16), (512, 32), (1024, 128)):
+        if num_rows <= limit:
+            return -(-num_rows // step) * step
+    return -(-num_rows // 256) * 256
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), differentiable in all three.
+
+    `packed` is `pack(weight)`; without it this is `F.linear`.
+    """
+    if packed is None:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _PackedLinear.apply(x, weight, bias, packed)
+    return _forward(x, packed, bias)
+
+
+def _forward(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    extra = row_bucket(num_rows) - num_rows
+    if extra:
+        rows = F.pad(rows, (0, 0, 0, extra))
+    out = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return (out[:num_rows] if extra else out).view(*x.shape[:-1], out.shape[-1])
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _forward(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None

@@ -1,0 +1,22 @@
+"""rlhf: train language models with feedback. `rlhf.cli` is the command line; `GRPOTrainer` the Python API."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# From a source checkout the parts lie beside this folder: kernels/, rollout/, reward/, trainers/.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+_EXPORTS = {"GRPOTrainer": "rlhf.api", "SFTTrainer": "rlhf.api"}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'rlhf' has no attribute {name!r}")

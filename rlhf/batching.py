@@ -1,0 +1,228 @@
+"""From records to tensors, from a step to micro-batches, from a batch to one packed row of tokens.
+
+Here: the only place where lists become tensors, where the loss mask is decided, and where a step is cut. Not
+here: anything that a model computes (`rlhf.logprobs`), nor the order in which data is visited (`rlhf.data`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.records import Batch, Rollout
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """One text to imitate. Written by `rlhf.data`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]  # read, not learned; at least one token (a text alone starts after <bos>)
+    response_ids: tuple[int, ...]  # learned, stop token included
+
+
+def why_masked(rollout: Rollout, *, mask_truncated: bool) -> str | None:
+    """Why no token of this response counts in the loss; None if they count."""
+    if not _is_reward(rollout.reward):
+        return f"no reward: {rollout.reward_error or rollout.reward}"
+    written = zip(rollout.rollout_logprobs, rollout.response_mask, strict=True)
+    if not all(math.isfinite(logprob) for logprob, by_policy in written if by_policy):
+        return "the sampler reported a log-prob that is not finite"
+    if mask_truncated and rollout.finish_reason != "stop":
+        return f"the response did not end by itself (finish_reason={rollout.finish_reason!r})"
+    return None
+
+
+def make_batch(
+    rollouts: Sequence[Rollout], *, group_ids: Sequence[int], mask_truncated: bool = False
+) -> Batch:
+    """One step's responses as tensors on the CPU, in the order given.
+
+    `loss_mask` is `response_mask` without the rows that `why_masked` names; such a row stays (its reward
+    still counts in its group's baseline, if there is one) but not in `num_loss_sequences`. A missing reward
+    is NaN, a log-prob that is not finite becomes 0. Raises ValueError for no rollouts, an empty prompt, or
+    another number of group ids.
+    """
+    if len(group_ids) != len(rollouts):
+        raise ValueError(f"{len(group_ids)} group_ids for {len(rollouts)} rollouts; give one number for each")
+    rows = [_Row(r.sample_id, r.prompt.token_ids, r.response_ids, r.response_mask) for r in rollouts]
+    batch = _from_rows(rows, learn=[why_masked(r, mask_truncated=mask_truncated) is None for r in rollouts])
+    logprobs = torch.zeros(batch.token_ids.shape)
+    for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
+        logprobs[i, len(row.prompt_ids) : row.length] = torch.tensor(rollout.rollout_logprobs)
+    rewards = [r.reward if _is_reward(r.reward) else math.nan for r in rollouts]
+    return batch.replace(
+        group_ids=torch.tensor(list(group_ids), dtype=torch.long),
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        rollout_logprobs=torch.where(batch.response_mask & logprobs.isfinite(), logprobs, 0.0),
+    )
+
+
+def make_sft_batch(examples: Sequence[SftExample]) -> Batch:
+    """Texts to imitate as tensors on the CPU, with the loss on the responses.
+
+    Raises ValueError for no examples or an empty prompt.
+    """
+    rows = [_Row(e.id, e.prompt_ids, e.response_ids, (True,) * len(e.response_ids)) for e in examples]
+    return _from_rows(rows, learn=[True] * len(rows))
+
+
+def recount(batch: Batch) -> Batch:
+    """The batch as a whole optimiser step of its own: the global counts are those of its loss mask."""
+    return batch.replace(
+        num_loss_tokens=int(batch.loss_mask.sum()), num_loss_sequences=int(batch.loss_mask.any(-1).sum())
+    )
+
+
+def split_minibatches(batch: Batch, n: int, *, by_groups: bool) -> list[Batch]:
+    """Cut one step's samples into n optimiser steps, in order, as evenly as whole units go.
+
+    A unit is a row, or with `by_groups` all rows of a group, wherever they stand. Each part has its own
+    global counts. Raises ValueError if there are fewer units than parts.
+    """
+    units: dict[int, list[int]] = {}
+    for row in range(len(batch)):
+        unit = int(batch.group_ids[row]) if by_groups and batch.group_ids is not None else row
+        units.setdefault(unit, []).append(row)
+    if not 1 <= n <= len(units):
+        kind = "groups" if by_groups else "rows"
+        raise ValueError(f"{n} minibatches from {len(units)} {kind}; use 1 to {len(units)}")
+    rows = list(units.values())
+    cuts = [len(rows) * i // n for i in range(n + 1)]
+    parts = [sorted(row for unit in rows[a:b] for row in unit) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [recount(batch.select(part)) for part in parts]
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], *, num_processes: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Which rows each process takes in each of its micro-batches: [process][micro-batch] -> rows, ascending.
+
+    lengths (B,) in tokens. Every row is in exactly one place, and every process has the same number of
+    micro-batches, at least one (an empty list where nothing is left). None holds more than `max_tokens`
+    tokens, except a longer row, which is alone. As few micro-batches as longest-first packing into the least
+    full one finds; those of one position are about equally full on all processes, which wait for each other.
+    A function of the arguments alone.
+    """
+    if num_processes < 1 or max_tokens < 1:
+        raise ValueError(f"num_processes={num_processes}, max_tokens={max_tokens}: both must be at least 1")
+    needed = max(sum(lengths) / max_tokens, sum(2 * length > max_tokens for length in lengths))
+    per_process = max(1, math.ceil(needed / num_processes))
+    while (bins := _fill(lengths, per_process * num_processes, max_tokens)) is None:
+        per_process += 1
+    bins.sort(key=lambda rows: (-sum(lengths[r] for r in rows), rows))
+    # Fullest first and dealt in turn: neighbours are alike, and no process ends up ahead by more than one's spread.
+    return [bins[process::num_processes] for process in range(num_processes)]
+
+
+def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int) -> list[list[int]] | None:
+    """Longest row first, each into the least full bin; None if that overfills one. A bin per row fits."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    least_full = [(0, i) for i in range(num_bins)]
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        tokens, i = heapq.heappop(least_full)
+        if bins[i] and tokens + lengths[row] > max_tokens:
+            return None
+        bins[i].append(row)
+        heapq.heappush(least_full, (tokens + lengths[row], i))
+    return [sorted(rows) for rows in bins]
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """S sequences end to end in one row of N tokens, without padding, and M target tokens among them."""
+
+    token_ids: torch.Tensor  # (N,) int64
+    position_ids: torch.Tensor  # (N,) int64, counted from 0 in each sequence
+    cu_seqlens: torch.Tensor  # (S + 1,) int32, where each sequence starts, and N
+    max_seqlen: int  # tokens of the longest sequence
+    target_index: torch.Tensor  # (M,) int64, places in the pack; never a sequence's first token
+    rows: torch.Tensor  # (M,) int64, where each target stands in the batch
+    cols: torch.Tensor  # (M,) int64
+
+
+def pack(batch: Batch, targets: torch.Tensor) -> PackedSequences:
+    """The batch's sequences end to end, in row order, and where its targets stand among them.
+
+    targets (B, T) bool marks the tokens whose log-prob is wanted. Raises ValueError for a target at padding
+    or at the first token of a sequence.
+    """
+    assert targets.shape == batch.token_ids.shape and targets.dtype == torch.bool
+    lengths = batch.lengths
+    columns = torch.arange(batch.token_ids.shape[1], device=lengths.device)
+    real = columns < lengths[:, None]
+    assert torch.equal(real, batch.attention_mask), "attention_mask has a gap: sequences must be right-padded"
+    if (targets & ~real).any() or targets[:, :1].any():
+        row = int(((targets & ~real) | (targets & (columns == 0))).any(-1).nonzero()[0])
+        raise ValueError(
+            f"sample {batch.sample_ids[row]!r}: a log-prob is wanted of padding or of a sequence's first "
+            "token; nothing predicts those; start the sequence with a prompt or <bos>"
+        )
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    rows, cols = targets.nonzero(as_tuple=True)
+    return PackedSequences(
+        token_ids=batch.token_ids[real],
+        position_ids=columns.expand_as(real)[real],
+        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+        max_seqlen=int(lengths.max()) if len(batch) else 0,
+        target_index=starts[rows] + cols,
+        rows=rows,
+        cols=cols,
+    )
+
+
+def unpack(packed: PackedSequences, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """values (M,) of the targets back at their places in (B, T), the shape of `like`; 0 elsewhere."""
+    empty = values.new_zeros(like.shape)
+    return empty.index_put((packed.rows, packed.cols), values)
+
+
+def _is_reward(reward: float | None) -> bool:
+    return reward is not None and abs(reward) <= torch.finfo(torch.float32).max  # False for NaN and infinity
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: str
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    response_mask: Sequence[bool]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def _from_rows(rows: Sequence[_Row], *, learn: Sequence[bool]) -> Batch:
+    """Right-padded tensors; the rows that are not to be learned have an empty loss mask."""
+    if not rows:
+        raise ValueError("a batch of 0 samples; there is nothing to train on")
+    for row in rows:
+        if not row.prompt_ids:
+            raise ValueError(
+                f"sample {row.id!r} has an empty prompt: nothing predicts its first token; add <bos>"
+            )
+    shape = len(rows), max(row.length for row in rows)
+    token_ids = torch.zeros(shape, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        token_ids[i, : row.length] = torch.tensor([*row.prompt_ids, *row.response_ids])
+        attention_mask[i, : row.length] = True
+        response_mask[i, len(row.prompt_ids) : row.length] = torch.tensor(row.response_mask, dtype=torch.bool)
+    return recount(
+        Batch(
+            sample_ids=tuple(row.id for row in rows),
+            token_ids=token_ids,
+            attention_mask=attention_mask,
+            response_mask=response_mask,
+            loss_mask=response_mask & torch.tensor(learn, dtype=torch.bool)[:, None],
+            num_loss_tokens=0,
+            num_loss_sequences=0,
+        )
+    )

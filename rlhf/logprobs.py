@@ -1,0 +1,67 @@
+"""Log-probs of given tokens under a model. The one module that shifts tokens against logits.
+
+The logits at position p predict token p + 1; everything outside this module is token-aligned: entry t belongs
+to token t. Not here: packing (`rlhf.batching`), the log-softmax itself (`rlhf.kernels.logprob`), attention
+over a pack (`rlhf.models.attention`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.batching import PackedSequences, pack, unpack
+from rlhf.kernels.logprob import token_logprobs
+from rlhf.models.attention import packed_attention
+from rlhf.records import Batch
+
+
+def packed_logprobs(
+    model: torch.nn.Module, packed: PackedSequences, *, temperature: float, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log softmax(logits / temperature)[token] of the M targets of a pack, and the entropy of those
+    distributions.
+
+    (M,) fp32 each, nats, with gradient if the model has it; None in place of an entropy that was not asked
+    for. Logits are computed at the M places before the targets only. `model` is a causal language model from
+    `rlhf.models.load`, or an engine around one, on the pack's device. Raises ValueError for a temperature
+    that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: log-probs need one above 0; for greedy samples use 1")
+    sources = packed.target_index - 1
+    with packed_attention(packed):
+        logits = model(
+            input_ids=packed.token_ids[None],
+            position_ids=packed.position_ids[None],
+            logits_to_keep=sources,
+            use_cache=False,
+        ).logits[0]
+    assert logits.shape[0] == sources.shape[0], (
+        f"{logits.shape[0]} rows of logits for {sources.shape[0]} targets"
+    )
+    targets = packed.token_ids[packed.target_index]
+    return token_logprobs(logits, targets, temperature, entropy=entropy)
+
+
+def batch_logprobs(
+    model: torch.nn.Module,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    targets: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`packed_logprobs` of a batch, token-aligned: (B, T) fp32, 0 where `targets` (default: response_mask) is
+    False.
+
+    The whole batch is one pack and one forward pass: cut it first (`plan_micro_batches`). A batch of no rows
+    gives tensors of no rows without calling the model, which a sharded model (ZeRO-3) must then be run
+    through some other way.
+    """
+    targets = batch.response_mask if targets is None else targets
+    if len(batch) == 0:
+        nothing = torch.zeros(targets.shape, device=targets.device)
+        return nothing, nothing.clone() if entropy else None
+    packed = pack(batch, targets)
+    values, entropies = packed_logprobs(model, packed, temperature=temperature, entropy=entropy)
+    return unpack(packed, values, targets), unpack(packed, entropies, targets) if entropy else None

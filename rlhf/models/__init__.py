@@ -1,0 +1,16 @@
+"""Models and tokenizers: built or loaded, prepared for training and for the engine, saved for anyone."""
+
+from rlhf.models.build import build_model, build_tokenizer
+from rlhf.models.load import context_length, load_model, load_tokenizer, save_model
+from rlhf.models.probe import ExactnessReport, probe_exactness
+
+__all__ = [
+    "ExactnessReport",
+    "build_model",
+    "build_tokenizer",
+    "context_length",
+    "load_model",
+    "load_tokenizer",
+    "probe_exactness",
+    "save_model",
+]

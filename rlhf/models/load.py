@@ -1,0 +1,321 @@
+"""Loading models and tokenizers, preparing models for training and for the engine, saving them for anyone.
+
+A prepared model is an ordinary Hugging Face model (peft's wrapper around it with LoRA) whose attention goes through
+`rlhf.models.attention`, whose linears do not depend on the number of rows, and which has no dropout. Weights are read
+from safetensors only, after a check of every file; a repository's own code runs only where the recipe names model and
+commit. Not here: making models from nothing (`rlhf.models.build`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.models import attention
+from rlhf.models.build import build_model, build_tokenizer
+from rlhf.models.linear import prepare_linears
+from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
+from rlhf.rng import key
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def load_tokenizer(model_config: ModelConfig, tokenizer_config: TokenizerConfig) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer: built, from `tokenizer.path`, or the model's own. A missing pad token becomes the end
+    token: masks come from lengths, so nothing changes. Raises ValueError where there is none, or none with an end token.
+    """
+    if tokenizer_config.build is not None:
+        return build_tokenizer(tokenizer_config.build)
+    path = tokenizer_config.path or model_config.path
+    if path is None:
+        raise ValueError("a built model has no tokenizer of its own; set tokenizer.build or tokenizer.path")
+    what = "model.path" if tokenizer_config.path is None else "tokenizer.path"
+    own = path == model_config.path
+    trusted = own and model_config.trust_code is not None
+    folder = _folder(path, _revision(model_config) if own else None, _SMALL_FILES + (("*.py",) if trusted else ()), what)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{what}: no tokenizer could be loaded from {path}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{what}: the tokenizer of {path} has no end token (eos_token); set one in its files")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(model_config: ModelConfig) -> int:
+    """The longest sequence that the model takes, in tokens, without loading it."""
+    if model_config.build is not None:
+        config = AutoConfig.for_model(model_config.build.model_type, **model_config.build.config)
+    else:
+        folder = _folder(model_config.path, _revision(model_config), _SMALL_FILES, "model.path")
+        config = _read_config(folder, model_config)
+    return config.get_text_config().max_position_embeddings
+
+
+def load_model(
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    trainable: bool,
+    model: nn.Module | None = None,
+    invariant: bool = True,
+) -> nn.Module:
+    """The recipe's model, prepared. With `trainable`: in training mode, LoRA added if configured (its random part is a
+    function of `seed`), gradient checkpointing if configured; otherwise the plain model, frozen. `model` is an object to
+    start from instead (it is copied, never changed). `invariant=False` leaves linears and activations as they are.
+
+    Raises ValueError for a folder that is missing or damaged, an architecture that the attention does not cover, and a
+    tokenizer with more tokens than the model has embeddings.
+    """
+    dtype = getattr(torch, model_config.dtype)
+    if model is not None:
+        model = copy.deepcopy(model).to(dtype)
+    elif model_config.build is not None:
+        model = build_model(model_config.build, tokenizer, dtype=model_config.dtype, seed=seed)
+    else:
+        model = _from_folder(model_config, dtype)
+    _check_vocabulary(model, tokenizer)
+    _use_our_attention(model)
+    _disable_dropout(model)
+    if not trainable:
+        model.requires_grad_(False)
+    elif model_config.lora is not None:
+        model = _add_lora(model, model_config.lora, seed)
+    if invariant:
+        prepare_linears(model)
+    if trainable and model_config.gradient_checkpointing:
+        attention.enable_gradient_checkpointing(model)
+    return model.to(device).train(trainable)
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a Hugging Face folder that plain transformers loads: weights, configuration, tokenizer. With LoRA the
+    weights are merged and the adapter alone goes to adapter/.
+
+    `weights` are the plain model's parameters by name, tied ones once (default: the model's own). Raises ValueError for
+    weights that are missing or not finite, before anything is written.
+    """
+    path = Path(path)
+    lora = _is_lora(model)
+    if weights is None:
+        whole = copy.deepcopy(model).merge_and_unload() if lora else model
+        weights = dict(whole.named_parameters())
+    base = model.get_base_model() if lora else model
+    plain = _plain_copy(base, weights)
+    plain.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if lora and not any("ds_id" in p.__dict__ for p in model.parameters()):
+        model.save_pretrained(path / "adapter", save_embedding_layers=False)
+
+
+# -- reading a folder -----------------------------------------------------------------------------------------------
+
+
+def _revision(config: ModelConfig) -> str | None:
+    return config.trust_code.revision if config.trust_code is not None else config.revision
+
+
+def _folder(path: str, revision: str | None, patterns: Sequence[str], what: str) -> Path:
+    """A local folder as it is, or the wanted files of a hub repository (from the cache if HF_HUB_OFFLINE is set)."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise ValueError(f"{what}: {path} is a file; give the folder that holds config.json")
+    if not _HUB_NAME.fullmatch(path):
+        raise ValueError(f"{what}: there is no folder {path}")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=10))
+    except Exception as error:  # the hub's client raises from three libraries; the cause is kept
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{what}: there is no folder {path}, and the hub could not give it: {reason}") from error
+
+
+def _read_config(folder: Path, model_config: ModelConfig) -> Any:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path: {folder} has no config.json; it is not a Hugging Face model folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model.path: {file} is damaged: {error}") from None
+    if "auto_map" in raw and model_config.trust_code is None:
+        raise ValueError(
+            f"model.path: {model_config.path} brings Python code of its own (auto_map in config.json), which is not run; "
+            "review it and name model and commit in model.trust_code"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model_config.trust_code is not None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path: the configuration in {folder} cannot be used: {error}") from error
+
+
+def _from_folder(model_config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    trusted = model_config.trust_code is not None
+    patterns = (*_SMALL_FILES, "model*.safetensors", *(("*.py",) if trusted else ()))
+    folder = _folder(model_config.path, _revision(model_config), patterns, "model.path")
+    config = _read_config(folder, model_config)
+    for file in _weight_files(folder):
+        _check_safetensors(file)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"model.path: the weights in {folder} cannot be loaded: {error}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(n) for n in info[problem])
+        if names:
+            raise ValueError(
+                f"model.path: {folder} has {len(names)} {problem.replace('_', ' ')}, {names[0]} first: these weights "
+                "would be random; the files do not fit config.json"
+            )
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, all present, none outside the folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"model.path: {index} is damaged: {error!r}") from None
+    else:
+        names = ["model.safetensors"]
+        if not (folder / names[0]).is_file():
+            pickles = sorted(f.name for f in folder.glob("*.bin"))
+            reason = f"only {pickles[0]}, a pickle, which is not read; save it as safetensors" if pickles else "none"
+            raise ValueError(f"model.path: weights (model.safetensors) are missing in {folder}; there is {reason}")
+    outside = [n for n in names if Path(n).name != n]
+    if outside:
+        raise ValueError(f"model.path: {index} points outside its folder: {outside[0]}")
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise ValueError(f"model.path: {folder} misses {len(missing)} of {len(names)} weight files, {missing[0]} first")
+    return [folder / n for n in names]
+
+
+def _check_safetensors(file: Path) -> None:
+    """The size that a safetensors header promises: 8 bytes of header length, a JSON header, then the tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"model.path: {file} is cut off: {size} bytes, its header alone needs {8 + length}")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"model.path: the header of {file} is damaged: {error!r}") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"model.path: {file} is damaged: {size} bytes instead of {expected}")
+
+
+# -- preparing ------------------------------------------------------------------------------------------------------
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, the model embeddings for {embeddings}: they do not belong together; "
+            "use the model's own tokenizer"
+        )
+
+
+def _use_our_attention(model: nn.Module) -> None:
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    types = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
+    if types:
+        raise ValueError(f"{name} has layers of type {', '.join(sorted(types))}; supported are {', '.join(_LAYER_TYPES)}")
+    if not model._supports_attention_backend:
+        raise ValueError(f"{name} does not use transformers' attention interface and cannot be run here")
+    model.set_attn_implementation(attention.NAME)
+    if config._attn_implementation != attention.NAME:
+        raise ValueError(f"{name} does not let its attention be chosen and cannot be run here")
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Sampler and trainer must compute the same function; the saved configuration keeps its numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in module.__dict__:
+            module.attention_dropout = 0.0
+
+
+def _add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+    import peft
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    adapter = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    dtype = model.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "lora"))
+        try:
+            adapted = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ValueError(f"model.lora.target_modules={targets}: {error}") from error
+    return adapted.to(dtype)
+
+
+def _is_lora(model: nn.Module) -> bool:
+    return "peft_config" in model.__dict__
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def _plain_copy(base: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A stock model of the same class that holds these very tensors."""
+    with torch.device("meta"):
+        plain = type(base)(copy.deepcopy(base.config))
+    wanted = plain.state_dict().keys()
+    buffers = {name: b for name, b in base.named_buffers() if name in wanted}
+    unknown = sorted(set(weights) - set(wanted))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no weight of {type(base).__name__}")
+    broken = sorted(name for name, w in weights.items() if not torch.isfinite(w).all())
+    if broken:
+        raise ValueError(f"{len(broken)} weights are not finite, {broken[0]} first; the model is not saved")
+    values = {name: w.detach() for name, w in {**buffers, **weights}.items()}
+    plain.load_state_dict(values, strict=False, assign=True)
+    plain.tie_weights()
+    missing = [name for name, w in plain.state_dict().items() if w.is_meta]
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first; the model is not saved")
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return plain

@@ -1,0 +1,146 @@
+"""The records that flow along the straight line: Prompt, Rollout, RolloutGroup, Batch.
+
+Here: what one sample is, from the prompt to the tensors a trainer consumes, and who writes each field. Not here: how
+records become tensors (`rlhf.batching`) and what is computed from them (`rlhf.advantages`, `rlhf.objectives`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as the policy reads it. Written by `rlhf.data`."""
+
+    id: str  # stable name of the dataset row, for example "train/17"
+    token_ids: tuple[int, ...]  # what the policy is given, special tokens included
+    text: str  # the same as text, for people and for rewards; never tokenised again
+    row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row's columns; rewards read them
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response with its record. A stage returns a copy with its own fields added."""
+
+    sample_id: str  # "step/prompt position/sample index"; the order of results is the order of these
+    prompt: Prompt
+    # written by the rollout engine
+    response_ids: tuple[int, ...]  # every token after the prompt, stop token included
+    response_mask: tuple[bool, ...]  # True = written by the policy, False = by a tool
+    rollout_logprobs: tuple[float, ...]  # fp32, nats, under the policy at the sampling temperature; 0 where masked
+    policy_versions: tuple[int, ...]  # optimiser steps in the weights that wrote each token
+    finish_reason: FinishReason
+    response_text: str = ""  # decoded for people and for rewards
+    # written by the scorer
+    reward: float | None = None  # None = not scored, or scoring failed: masked and counted, never a zero
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # unweighted components by name
+    reward_error: str | None = None  # why `reward` is missing
+
+    def __post_init__(self) -> None:
+        n = len(self.response_ids)
+        for name in ("response_mask", "rollout_logprobs", "policy_versions"):
+            assert len(getattr(self, name)) == n, f"{self.sample_id}: {name} has {len(getattr(self, name))} of {n}"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.response_ids)
+
+    def replace(self, **changes: Any) -> Rollout:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The responses to one prompt, in sample order."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        return tuple(r.reward for r in self.rollouts)
+
+
+_ROW_TENSORS = (
+    "token_ids",
+    "attention_mask",
+    "response_mask",
+    "loss_mask",
+    "group_ids",
+    "rewards",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "advantages",
+    "returns",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a trainer consumes: B sequences, right-padded to T tokens. All per-token arrays are token-aligned
+    (entry t belongs to token t) and 0 / False at padding.
+
+    `num_loss_tokens` and `num_loss_sequences` are counts over the whole optimiser step, all micro-batches and all
+    processes; a micro-batch cut from a batch keeps them, so that cutting differently does not change the gradient.
+    """
+
+    sample_ids: tuple[str, ...]  # (B,)
+    token_ids: torch.Tensor  # (B, T) int64, prompt + response
+    attention_mask: torch.Tensor  # (B, T) bool, True = real token
+    response_mask: torch.Tensor  # (B, T) bool, True = written by the policy
+    loss_mask: torch.Tensor  # (B, T) bool, True = counts in the loss, a subset of response_mask
+    num_loss_tokens: int
+    num_loss_sequences: int  # sequences with at least one loss token
+    group_ids: torch.Tensor | None = None  # (B,) int64, rows of one prompt share a number
+    rewards: torch.Tensor | None = None  # (B,) fp32, NaN = missing
+    rollout_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, from the sampler
+    old_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, policy before this update
+    ref_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, reference
+    values: torch.Tensor | None = None  # (B, T) fp32, critic
+    advantages: torch.Tensor | None = None  # (B, T) fp32, 0 outside response_mask
+    returns: torch.Tensor | None = None  # (B, T) fp32
+
+    def __post_init__(self) -> None:
+        shape = self.token_ids.shape
+        assert len(self.sample_ids) == shape[0], f"{len(self.sample_ids)} sample ids for {shape[0]} rows"
+        for name in _ROW_TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                want = shape if value.dim() == 2 else shape[:1]
+                assert value.shape == want, f"{name} is {tuple(value.shape)}, expected {tuple(want)}"
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) int64, real tokens per row."""
+        return self.attention_mask.sum(-1)
+
+    def replace(self, **changes: Any) -> Batch:
+        return dataclasses.replace(self, **changes)
+
+    def select(self, rows: list[int]) -> Batch:
+        """The given rows, trimmed to their longest. The step's global counts stay."""
+        index = torch.tensor(rows, dtype=torch.long)
+        width = int(self.lengths[index].max()) if rows else 0
+        cut: dict[str, Any] = {}
+        for name in _ROW_TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                cut[name] = value[index][:, :width] if value.dim() == 2 else value[index]
+        return self.replace(sample_ids=tuple(self.sample_ids[i] for i in rows), **cut)
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {n: getattr(self, n).to(device) for n in _ROW_TENSORS if getattr(self, n) is not None}
+        return self.replace(**moved)

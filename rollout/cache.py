@@ -1,0 +1,177 @@
+"""The key/value cache: a pool of reference-counted pages, the prefix cache over it, and the tensors behind it.
+
+`PagePool` counts, `KVPages` holds the numbers. A page is free, referenced by one or more sequences, or idle: cached
+under its prefix's digest, referenced by nobody, and taken when free pages run out (least recently used first). Not
+here: which sequence gets a page (`rlhf.rollout.scheduler`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def prefix_digests(version: int, token_ids: np.ndarray, page_tokens: int) -> list[bytes]:
+    """A digest per full page of token_ids, each over the weight version and every token up to the page's end.
+
+    The version is part of the chain, so keys and values computed by older weights can never be found.
+    """
+    digest = f"version {version}".encode()
+    digests = []
+    for start in range(0, len(token_ids) - page_tokens + 1, page_tokens):
+        page = np.ascontiguousarray(token_ids[start : start + page_tokens], dtype=np.int64)
+        digest = hashlib.blake2b(digest + page.tobytes(), digest_size=16).digest()
+        digests.append(digest)
+    return digests
+
+
+class PagePool:
+    """Which pages are in use, by how many sequences, and which hold a known prefix."""
+
+    def __init__(self, num_pages: int):
+        self.references = np.zeros(num_pages, dtype=np.int64)
+        self.peak_in_use = 0
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.references)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `take` can hand out: free and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_in_use(self) -> int:
+        return self.num_pages - self.num_available
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that hold a known prefix, in use or idle."""
+        return len(self._page_of)
+
+    def take(self, count: int) -> list[int]:
+        """Hand out `count` pages with one reference each; idle ones, oldest first, when no free one is left."""
+        assert count <= self.num_available, f"{count} pages wanted, {self.num_available} available"
+        for _ in range(count - len(self._free)):
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._digest_of.pop(page)]
+            self._free.append(page)
+        cut = len(self._free) - count
+        pages = self._free[cut:][::-1]
+        del self._free[cut:]
+        self.references[pages] = 1
+        self.peak_in_use = max(self.peak_in_use, self.num_in_use)
+        return pages
+
+    def share(self, pages: Sequence[int], times: int) -> None:
+        """Add `times` references to each of the pages, which are in use already."""
+        self.references[pages] += times
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give back one reference of each page. The last page of a prefix becomes the first to be evicted."""
+        for page in reversed(pages):
+            self.references[page] -= 1
+            assert self.references[page] >= 0, f"page {page} released more often than taken"
+            if self.references[page] == 0:
+                if page in self._digest_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """Pages of the longest cached prefix, each with a reference added."""
+        pages = []
+        for digest in digests:
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            self._idle.pop(page, None)
+            self.references[page] += 1
+            pages.append(page)
+        self.peak_in_use = max(self.peak_in_use, self.num_in_use)
+        return pages
+
+    def remember(self, pages: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Make pages findable by their prefix; a prefix that is known already keeps its page."""
+        for page, digest in zip(pages, digests, strict=True):
+            if digest not in self._page_of and page not in self._digest_of:
+                self._page_of[digest] = page
+                self._digest_of[page] = digest
+
+    def forget(self) -> None:
+        """Drop every known prefix; idle pages become free."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
+
+    def grow(self, num_pages: int) -> None:
+        """Add free pages until there are `num_pages`; the others keep their contents and references."""
+        old = self.num_pages
+        self._free[:0] = range(num_pages - 1, old - 1, -1)
+        self.references = np.concatenate([self.references, np.zeros(num_pages - old, dtype=np.int64)])
+
+
+class KVPages:
+    """Keys and values of all layers: per layer two tensors (pages, kv heads, page_tokens, head size).
+
+    Zero at first: a position that is masked out contributes 0 * value, which must not be NaN.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], page_tokens: int, dtype: torch.dtype, device: torch.device):
+        self.shapes = tuple(shapes)  # (kv heads, head size) per layer
+        self.page_tokens = page_tokens
+        self.dtype, self.device = dtype, device
+        self.k, self.v = [self._zeros(0, s) for s in shapes], [self._zeros(0, s) for s in shapes]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.k[0])
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.page_tokens * self.dtype.itemsize * sum(heads * size for heads, size in self.shapes)
+
+    def grow(self, num_pages: int) -> None:
+        """Make room for `num_pages`, keeping what is there."""
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = self._zeros(num_pages, self.shapes[layer])
+                tensors[layer][: len(old)] = old
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.k, self.v = [self._zeros(0, s) for s in self.shapes], [self._zeros(0, s) for s in self.shapes]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy the first num_tokens positions of each source page to its target page, in every layer."""
+        if not sources:
+            return
+        source = torch.as_tensor(sources, device=self.device)
+        target = torch.as_tensor(targets, device=self.device)
+        for pages in (*self.k, *self.v):
+            pages[target, :, :num_tokens] = pages[source, :, :num_tokens]
+
+    def _zeros(self, num_pages: int, shape: tuple[int, int]) -> torch.Tensor:
+        heads, size = shape
+        return torch.zeros((num_pages, heads, self.page_tokens, size), dtype=self.dtype, device=self.device)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that could be taken on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable line; set cache_tokens to size the cache by hand")

@@ -1,0 +1,121 @@
+"""One forward pass of the live model over the tokens of a step, with keys and values in pages.
+
+Here: turning a `Step` into packed tensors and calling the model. Not here: attention itself (`rlhf.models.attention`)
+and the choice of tokens (`rlhf.kernels.sampling`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.models.attention import PagedContext, paged_attention
+from rlhf.rollout.cache import KVPages
+from rlhf.rollout.samples import Samples
+from rlhf.rollout.scheduler import Chunk, Step
+
+
+def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(kv heads, head size) of every layer, measured with one token rather than guessed from the config."""
+    with torch.no_grad():
+        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        layers = model(input_ids=token, use_cache=True).past_key_values.layers
+    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
+
+
+class Runner:
+    """Runs steps on `model`, which stays the trainer's: its tensors are read, never copied."""
+
+    def __init__(self, model: PreTrainedModel, pages: KVPages):
+        self.model, self.pages = model, pages
+
+    @torch.no_grad()
+    def run(self, step: Step, samples: Samples) -> torch.Tensor:
+        """Logits (L, V) of the decoding samples' tokens and of the last token of each completed prefill."""
+        packed = _pack(step, samples, self.pages.page_tokens)
+        device = self.model.device
+        token_ids, positions, slots, keep = (
+            torch.from_numpy(x).to(device) for x in (packed.token_ids, packed.positions, packed.slots, packed.keep)
+        )
+        context = PagedContext(
+            k_pages=self.pages.k,
+            v_pages=self.pages.v,
+            slots=slots,
+            page_table=packed.page_table,
+            context_lens=packed.context_lens,
+            query_starts=packed.query_starts,
+        )
+        with paged_attention(context):
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                logits_to_keep=keep,
+                use_cache=False,
+            )
+        return output.logits[0]
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """A step's N tokens of S sequences, decoding samples first with one token each; int64 throughout."""
+
+    token_ids: np.ndarray  # (N,)
+    positions: np.ndarray  # (N,) in their sequences
+    slots: np.ndarray  # (N,) page * page_tokens + place in it
+    page_table: np.ndarray  # (S, W)
+    context_lens: np.ndarray  # (S,) the new tokens included
+    query_starts: np.ndarray  # (S + 1,)
+    keep: np.ndarray  # (L,) tokens whose logits are wanted
+
+
+def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
+    rows, chunks = step.decoding, step.chunks
+    positions = samples.position(rows)
+    width = -(-max([positions.max(initial=-1) + 1, *(c.end for c in chunks)]) // page_tokens)
+    decoding = PackedStep(
+        token_ids=samples.next_token[rows],
+        positions=positions,
+        slots=samples.table[rows, positions // page_tokens] * page_tokens + positions % page_tokens,
+        page_table=samples.table[rows, :width],
+        context_lens=positions + 1,
+        query_starts=np.arange(len(rows) + 1),
+        keep=np.arange(len(rows)),
+    )
+    if not chunks:
+        return decoding
+    parts = [decoding, *(_pack_chunk(c, width, page_tokens) for c in chunks)]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(p, name) for p in parts])
+
+    starts = np.concatenate([decoding.query_starts, len(rows) + np.cumsum([c.end - c.start for c in chunks])])
+    last = starts[len(rows) + 1 :][[c.is_last for c in chunks]] - 1
+    return PackedStep(
+        token_ids=joined("token_ids"),
+        positions=joined("positions"),
+        slots=joined("slots"),
+        page_table=joined("page_table"),
+        context_lens=joined("context_lens"),
+        query_starts=starts,
+        keep=np.concatenate([decoding.keep, last]),
+    )
+
+
+def _pack_chunk(chunk: Chunk, width: int, page_tokens: int) -> PackedStep:
+    """One chunk by itself; `_pack` counts its query_starts and keep anew."""
+    pages = np.zeros(width, np.int64)
+    own = chunk.prefill.pages[:width]
+    pages[: len(own)] = own
+    positions = np.arange(chunk.start, chunk.end)
+    return PackedStep(
+        token_ids=chunk.prefill.token_ids[chunk.start : chunk.end],
+        positions=positions,
+        slots=pages[positions // page_tokens] * page_tokens + positions % page_tokens,
+        page_table=pages[None],
+        context_lens=np.asarray([chunk.end]),
+        query_starts=np.asarray([0, len(positions)]),
+        keep=np.zeros(0, np.int64),
+    )

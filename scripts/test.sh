@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up .venv with the test extras and runs the tests. Usage: scripts/test.sh [pytest arguments ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh dev
+# One thread a process: several processes with spinning threads on few cores slow each other down many times.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest "$@"

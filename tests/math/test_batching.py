@@ -1,0 +1,199 @@
+"""Lists to tensors, cutting into steps and micro-batches, packing: every token exactly once and in its
+place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.batching import (
+    SftExample,
+    make_batch,
+    make_sft_batch,
+    pack,
+    plan_micro_batches,
+    split_minibatches,
+    unpack,
+    why_masked,
+)
+from rlhf.records import Prompt, Rollout
+
+
+def _rollout(
+    prompt: tuple[int, ...], response: tuple[int, ...], *, mask=None, reward=1.0, **fields
+) -> Rollout:
+    n = len(response)
+    fields = {"finish_reason": "stop", "rollout_logprobs": tuple(-0.5 - i for i in range(n)), **fields}
+    return Rollout(
+        sample_id=f"0/0/{len(prompt)}{len(response)}",
+        prompt=Prompt(id="p", token_ids=prompt, text=""),
+        response_ids=response,
+        response_mask=mask or (True,) * n,
+        policy_versions=(0,) * n,
+        reward=reward,
+        **fields,
+    )
+
+
+def test_every_entry_stands_at_its_token() -> None:
+    """Would catch: log-probs shifted by one, a mask made from token 0, tool tokens in the loss, left
+    padding.
+    """
+    batch = make_batch(
+        [_rollout((7, 0), (0, 5, 0), mask=(True, False, True)), _rollout((3,), (4,), reward=-2.0)],
+        group_ids=[4, 4],
+    )
+    assert batch.token_ids.tolist() == [[7, 0, 0, 5, 0], [3, 4, 0, 0, 0]]
+    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]]
+    assert torch.equal(batch.loss_mask, batch.response_mask)
+    assert batch.rollout_logprobs.tolist() == [[0, 0, -0.5, 0, -2.5], [0, -0.5, 0, 0, 0]]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (3, 2)
+    assert batch.rewards.tolist() == [1.0, -2.0] and batch.group_ids.tolist() == [4, 4]
+    assert batch.sample_ids == ("0/0/23", "0/0/11")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reward": None, "reward_error": "timed out"}, "no reward: timed out"),
+        ({"reward": math.nan}, "no reward: nan"),
+        ({"reward": -math.inf}, "no reward: -inf"),
+        ({"reward": 1e39}, "no reward: 1e"),  # would be infinite in fp32
+        ({"rollout_logprobs": (-1.0, math.nan)}, "not finite"),
+        ({"rollout_logprobs": (-math.inf, -1.0)}, "not finite"),
+        ({"finish_reason": "length"}, "'length'"),
+        ({"finish_reason": "aborted"}, "'aborted'"),
+    ],
+    ids=str,
+)
+def test_unusable_responses_are_masked_and_not_counted(change: dict, reason: str) -> None:
+    """Would catch: a missing reward read as 0, NaN that reaches the loss, a masked row in the denominator."""
+    bad = _rollout((1,), (2, 3), **change)
+    batch = make_batch([bad, _rollout((1,), (2, 3))], group_ids=[0, 0], mask_truncated=True)
+    assert reason in why_masked(bad, mask_truncated=True)
+    assert batch.loss_mask.any(-1).tolist() == [False, True]
+    assert batch.response_mask.any(-1).tolist() == [True, True]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (2, 1)
+    assert batch.rollout_logprobs.isfinite().all()
+    assert batch.rewards.isnan().tolist() == ["reward" in change, False]
+
+
+def test_what_stays_in_the_loss() -> None:
+    """Would catch: truncated responses dropped without being asked, tool tokens' log-probs checked, a crash
+    on empty.
+    """
+    truncated = _rollout((1,), (2, 3), finish_reason="length")
+    tool = _rollout((1,), (2, 3), mask=(True, False), rollout_logprobs=(-1.0, math.nan))
+    batch = make_batch([truncated, tool, _rollout((1,), ())], group_ids=[0, 0, 0])
+    assert batch.loss_mask.sum(-1).tolist() == [2, 1, 0]
+    assert batch.num_loss_sequences == 2
+    assert (
+        why_masked(truncated, mask_truncated=False) is None and why_masked(tool, mask_truncated=True) is None
+    )
+    assert batch.rollout_logprobs.isfinite().all()
+
+
+def test_sft_learns_the_response_only() -> None:
+    """Would catch: loss on the prompt."""
+    batch = make_sft_batch([SftExample("a", (1, 2), (3, 4)), SftExample("b", (1,), (5,))])
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (3, 2)
+    assert batch.rewards is None and batch.rollout_logprobs is None
+
+
+def test_bad_records_are_refused() -> None:
+    """Would catch: an empty prompt, whose first response token has no log-prob, found only on the device."""
+    with pytest.raises(ValueError, match="batch of 0 samples"):
+        make_batch([], group_ids=[])
+    with pytest.raises(ValueError, match="'0/0/02' has an empty prompt"):
+        make_batch([_rollout((), (1, 2))], group_ids=[0])
+    with pytest.raises(ValueError, match="2 group_ids for 1 rollouts"):
+        make_batch([_rollout((1,), (2,))], group_ids=[0, 0])
+
+
+def test_minibatches_keep_groups_together_and_count_for_themselves() -> None:
+    """Would catch: a group torn apart, a row lost, the whole step's token count used for a part of it."""
+    rollouts = [_rollout((1,), (2,) * n, reward=None if n == 4 else 0.0) for n in (1, 2, 3, 4, 5, 6)]
+    batch = make_batch(rollouts, group_ids=[9, 3, 9, 3, 7, 7])
+    first, second = split_minibatches(batch, 2, by_groups=True)
+    assert first.group_ids.tolist() == [9, 9] and second.group_ids.tolist() == [3, 3, 7, 7]
+    assert (first.num_loss_tokens, second.num_loss_tokens) == (4, 13)
+    assert (first.num_loss_sequences, second.num_loss_sequences) == (2, 3)
+    rows = split_minibatches(batch, 4, by_groups=False)
+    assert [part.sample_ids for part in rows] == [
+        batch.sample_ids[a:b] for a, b in [(0, 1), (1, 3), (3, 4), (4, 6)]
+    ]
+    assert sum(part.num_loss_tokens for part in rows) == batch.num_loss_tokens
+    with pytest.raises(ValueError, match="4 minibatches from 3 groups; use 1 to 3"):
+        split_minibatches(batch, 4, by_groups=True)
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 5), st.integers(1, 60))
+def test_a_plan_holds_every_row_once_within_the_budget(
+    lengths: list[int], processes: int, max_tokens: int
+) -> None:
+    """Would catch: a lost row, a process with fewer micro-batches (which hangs the others), an overfull
+    one.
+    """
+    plan = plan_micro_batches(lengths, num_processes=processes, max_tokens=max_tokens)
+    micros = [rows for process in plan for rows in process]
+    assert sorted(row for rows in micros for row in rows) == list(range(len(lengths)))
+    assert len(plan) == processes
+    assert len({len(process) for process in plan}) == 1 and len(plan[0]) >= 1
+    assert all(sum(lengths[r] for r in rows) <= max_tokens or len(rows) == 1 for rows in micros)
+    assert all(rows == sorted(rows) for rows in micros)
+    assert plan == plan_micro_batches(tuple(lengths), num_processes=processes, max_tokens=max_tokens)
+
+
+@given(st.lists(st.integers(20, 200), min_size=64, max_size=128), st.integers(1, 4))
+def test_a_plan_is_short_and_balanced(lengths: list[int], processes: int) -> None:
+    """Would catch: one row per micro-batch, or a rank that waits half of the step for another."""
+    plan = plan_micro_batches(lengths, num_processes=processes, max_tokens=1000)
+    assert len(plan[0]) <= math.ceil(sum(lengths) / (1000 * processes)) + 1
+    for micro in range(len(plan[0])):
+        loads = [sum(lengths[r] for r in process[micro]) for process in plan]
+        assert max(loads) - min(loads) <= max(lengths)
+    totals = [sum(lengths[r] for rows in process for r in rows) for process in plan]
+    assert max(totals) - min(totals) <= max(lengths)
+
+
+def test_a_plan_refuses_nonsense() -> None:
+    """Would catch: an endless loop on a budget of 0."""
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        plan_micro_batches([1], num_processes=1, max_tokens=0)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_pack_and_unpack_are_inverse(seed: int, random_batch) -> None:
+    """Would catch: padding in the pack, positions that run on, a target one token off, rows exchanged."""
+    batch = random_batch(seed)
+    packed = pack(batch, batch.response_mask)
+    tokens, bounds = batch.token_ids.tolist(), packed.cu_seqlens.tolist()
+    lengths = batch.lengths.tolist()
+    assert packed.cu_seqlens.dtype == torch.int32 and packed.max_seqlen == max(lengths)
+    for row, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        assert packed.token_ids[start:end].tolist() == tokens[row][: lengths[row]]
+        assert packed.position_ids[start:end].tolist() == list(range(lengths[row]))
+    assert not set(packed.target_index.tolist()) & set(bounds)
+    values = packed.token_ids[packed.target_index].double().requires_grad_()
+    aligned = unpack(packed, values, batch.response_mask)
+    assert torch.equal(aligned, torch.where(batch.response_mask, batch.token_ids, 0).double())
+    (aligned * batch.rollout_logprobs).sum().backward()
+    assert torch.equal(values.grad, batch.rollout_logprobs[batch.response_mask])
+
+
+def test_pack_refuses_what_no_token_predicts() -> None:
+    """Would catch: a first token scored with the last logits of the sequence before it in the pack."""
+    batch = make_sft_batch([SftExample("a", (1, 2), (3,)), SftExample("b", (1,), (5,))])
+    for targets in (batch.attention_mask, ~batch.attention_mask):
+        with pytest.raises(ValueError, match="wanted of padding or of a sequence's first token"):
+            pack(batch, targets)
+    gap = batch.replace(attention_mask=torch.tensor([[True, False, True], [True, True, False]]))
+    with pytest.raises(AssertionError, match="right-padded"):
+        pack(gap, gap.response_mask)

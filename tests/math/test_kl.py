@@ -1,0 +1,104 @@
+"""k1, k2, k3: exact expectations over a small vocabulary, values against the formula, and what the limits
+do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
+
+FORMULAS = {
+    "k1": lambda d: d,
+    "k2": lambda d: d * d / 2,
+    "k3": lambda d: math.exp(-d) - 1 + d,
+}
+
+
+@pytest.fixture
+def policies() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a policy, with gradient, and log-probs of a reference, over 7 tokens."""
+    noise = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, generator=noise, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(7, generator=noise, dtype=torch.float64).log_softmax(0)
+    return logits, reference
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_value_and_gradient_follow_the_formula(name: str) -> None:
+    """Would catch: log-ratio taken the wrong way round, a missing half, an exponent with the wrong sign."""
+    noise = torch.Generator().manual_seed(1)
+    policy, reference = torch.rand(2, 3, 4, generator=noise, dtype=torch.float64) * 2 - 3
+    policy.requires_grad_(), reference.requires_grad_()
+    want = [
+        [FORMULAS[name](p - r) for p, r in zip(*rows)] for rows in zip(policy.tolist(), reference.tolist())
+    ]
+    torch.testing.assert_close(
+        KL_ESTIMATORS[name](policy, reference), torch.tensor(want, dtype=torch.float64)
+    )
+    assert torch.autograd.gradcheck(KL_ESTIMATORS[name], (policy, reference))
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_k1_and_k3_are_unbiased(estimator, policies) -> None:
+    """Would catch: an estimator of KL(reference || policy) under the name of KL(policy || reference)."""
+    logits, reference = policies
+    logprobs = logits.log_softmax(0)
+    exact = (logprobs.exp() * (logprobs - reference)).sum()
+    torch.testing.assert_close((logprobs.exp() * estimator(logprobs, reference)).sum(), exact)
+
+
+def _expected_gradient(estimator, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """What minimising the mean of the estimator over the policy's samples descends along, exactly."""
+    logprobs = logits.log_softmax(0)
+    loss = (logprobs.exp().detach() * estimator(logprobs, reference)).sum()
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_expected_gradients_are_those_documented(policies) -> None:
+    """Would catch: advice in the docstrings that sends someone to the wrong loss."""
+    logits, reference = policies
+    logprobs = logits.log_softmax(0)
+    reverse = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits, retain_graph=True)[
+        0
+    ]
+    forward = torch.autograd.grad((reference.exp() * (reference - logprobs)).sum(), logits)[0]
+    torch.testing.assert_close(
+        _expected_gradient(kl_k1, logits, reference), torch.zeros(7, dtype=torch.float64)
+    )
+    torch.testing.assert_close(_expected_gradient(kl_k2, logits, reference), reverse)
+    torch.testing.assert_close(_expected_gradient(kl_k3, logits, reference), forward)
+
+
+@given(st.floats(-200, 0, width=32), st.floats(-200, 0, width=32))
+def test_fp32_stays_finite_and_k2_k3_are_not_negative(policy: float, reference: float) -> None:
+    """Would catch: exp of an unclamped log-ratio (overflow at 89), and exp(-d) - 1 by cancellation far below
+    0.
+    """
+    p, r = torch.tensor([[policy]], requires_grad=True), torch.tensor([[reference]])
+    for name, estimator in KL_ESTIMATORS.items():
+        value = estimator(p, r)
+        assert (-10 if name == "k1" else -2e-6) <= value.item() <= 200
+        assert torch.autograd.grad(value.sum(), p)[0].isfinite().all()
+        assert estimator(p, p).item() == 0
+
+
+def test_small_distances_keep_their_precision_in_fp32() -> None:
+    """Would catch: exp(-d) - 1 + d in fp32, which gives 0 or 6e-8 for d = 1e-4, where k3 is 5e-9."""
+    policy = torch.tensor([[-1e-4]])
+    assert kl_k3(torch.zeros(1, 1), policy).item() == pytest.approx(5e-9, rel=0.01)
+
+
+def test_limits_cut_k1_and_k3_but_never_the_gradient_of_k2_within_20() -> None:
+    """Would catch: k2 limited to 10, which would let a policy go once it is 4.5 nats away."""
+    policy = torch.tensor([[-8.0, -8.0]], requires_grad=True)
+    reference = torch.tensor([[-1.0, -27.0]])
+    assert kl_k1(policy, reference).tolist() == [[-7.0, 10.0]]
+    assert kl_k3(policy, reference).tolist() == [[10.0, 10.0]]
+    kl_k2(policy, reference).sum().backward()
+    assert policy.grad.tolist() == [[-7.0, 19.0]]

@@ -1,0 +1,234 @@
+"""The composed losses against a slow reference, and what must not change them: cutting, processes, padding,
+garbage.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.losses import finish_stats, merge_sums, policy_loss, sft_loss
+from rlhf.records import Batch
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
+PLAIN = {
+    "objective": "ppo_clip",
+    "aggregation": "token_mean",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "kl_coef": 0.0,
+    "kl_estimator": "k3",
+    "entropy_coef": 0.0,
+    "constant_length": 12,
+}
+FULL = {**PLAIN, "kl_coef": 0.3, "entropy_coef": 0.01}
+TINY_TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def _current(batch: Batch, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of a current policy, with gradient."""
+    noise = torch.Generator().manual_seed(seed)
+    logprobs = torch.randn(batch.token_ids.shape, generator=noise, dtype=torch.float64) * 0.5 - 1
+    entropy = torch.rand(batch.token_ids.shape, generator=noise, dtype=torch.float64)
+    return logprobs.requires_grad_(), entropy.requires_grad_()
+
+
+def _reference(batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor, settings: dict) -> torch.Tensor:
+    """One token at a time, in float64, from the papers; differentiable."""
+    rows = []
+    for b in range(len(batch)):
+        tokens = []
+        for t in range(batch.token_ids.shape[1]):
+            if not batch.loss_mask[b, t]:
+                continue
+            ratio = (logprobs[b, t] - batch.old_logprobs[b, t]).exp()
+            clipped = min(max(ratio, 1 - settings["clip_low"]), 1 + settings["clip_high"])
+            d = logprobs[b, t] - batch.ref_logprobs[b, t]
+            kl = d**2 / 2 if settings["kl_estimator"] == "k2" else (-d).exp() - 1 + d
+            gain = min(ratio * batch.advantages[b, t], clipped * batch.advantages[b, t])
+            tokens.append(settings["entropy_coef"] * -entropy[b, t] + settings["kl_coef"] * kl - gain)
+        if tokens:
+            rows.append(tokens)
+    if not rows:
+        return (logprobs * 0).sum()
+    if settings["aggregation"] == "token_mean":
+        return sum(sum(row) for row in rows) / sum(len(row) for row in rows)
+    if settings["aggregation"] == "sequence_mean":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    return sum(sum(row) for row in rows) / (len(rows) * settings["constant_length"])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@given(seed=st.integers(0, 10_000))
+def test_value_and_gradients_equal_the_reference(
+    aggregation: str, estimator: str, seed: int, random_batch
+) -> None:
+    """Would catch: a sign of KL or entropy, a coefficient applied twice, KL outside the aggregation."""
+    batch = random_batch(seed)
+    logprobs, entropy = _current(batch, seed)
+    settings = {**FULL, "aggregation": aggregation, "kl_estimator": estimator}
+    loss, sums = policy_loss(batch, logprobs, entropy, **settings)
+    want = _reference(batch, logprobs, entropy, settings)
+    torch.testing.assert_close(loss, want, **TINY_TOLERANCE)
+    assert sums["policy/loss"].item() == loss.item() and not sums["policy/loss"].requires_grad
+    got_gradients = torch.autograd.grad(loss, (logprobs, entropy))
+    want_gradients = torch.autograd.grad(want, (logprobs, entropy), allow_unused=True)
+    for got_gradient, want_gradient in zip(got_gradients, want_gradients):
+        zeros = torch.zeros_like(logprobs)
+        torch.testing.assert_close(
+            got_gradient, zeros if want_gradient is None else want_gradient, **TINY_TOLERANCE
+        )
+
+
+def test_gradcheck(random_batch) -> None:
+    """Would catch: a detach in the wrong place."""
+    batch = random_batch(3)
+    assert batch.num_loss_tokens > 5
+    assert torch.autograd.gradcheck(lambda p, h: policy_loss(batch, p, h, **FULL)[0], _current(batch))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@given(seed=st.integers(0, 10_000), cut=st.lists(st.integers(0, 3), min_size=5, max_size=5))
+def test_no_cut_changes_gradient_or_statistics(
+    aggregation: str, seed: int, cut: list[int], random_batch
+) -> None:
+    """Would catch: any denominator or mean taken inside a micro-batch or process; an empty micro-batch that
+    breaks.
+    """
+    batch = random_batch(seed)
+    logprobs, entropy = _current(batch, seed)
+    settings = {**FULL, "aggregation": aggregation}
+    whole, whole_sums = policy_loss(batch, logprobs, entropy, **settings)
+    want = torch.autograd.grad(whole, (logprobs, entropy))
+    shares, parts = [], []
+    for part in range(4):
+        rows = [row for row in reversed(range(5)) if cut[row] == part]
+        micro = batch.select(rows)
+        width = micro.token_ids.shape[1]
+        share, sums = policy_loss(micro, logprobs[rows][:, :width], entropy[rows][:, :width], **settings)
+        shares.append(share)
+        parts.append(sums)
+    total = torch.stack(shares).sum()
+    torch.testing.assert_close(total, whole, **TINY_TOLERANCE)
+    for got, expected in zip(torch.autograd.grad(total, (logprobs, entropy)), want):
+        torch.testing.assert_close(got, expected, **TINY_TOLERANCE)
+    merged = merge_sums([merge_sums(parts[:2]), merge_sums(parts[2:])])
+    assert finish_stats(merged) == pytest.approx(finish_stats(whole_sums), rel=1e-9, abs=1e-12)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_nothing_outside_the_loss_mask_matters(seed: int, random_batch) -> None:
+    """Would catch: mask * value, which lets NaN through, forwards or backwards."""
+    clean, dirty = random_batch(seed), random_batch(seed, garbage=math.nan)
+    logprobs, entropy = _current(clean, seed)
+    want, want_sums = policy_loss(clean, logprobs, entropy, **FULL)
+    spoilt = [
+        torch.where(clean.loss_mask, x.detach(), math.nan).requires_grad_() for x in (logprobs, entropy)
+    ]
+    got, got_sums = policy_loss(dirty, *spoilt, **FULL)
+    assert torch.equal(got, want)
+    assert finish_stats(got_sums) == finish_stats(want_sums)
+    for gradient in torch.autograd.grad(got, spoilt):
+        assert not gradient.isnan().any() and not gradient[~clean.loss_mask].any()
+
+
+@given(seed=st.integers(0, 10_000))
+def test_without_old_logprobs_the_ratio_is_exactly_one(seed: int, random_batch) -> None:
+    """Would catch: ratio = exp(logprobs - logprobs) with the gradient cancelled, or a ratio off by
+    rounding.
+    """
+    batch = random_batch(seed).replace(old_logprobs=None)
+    logprobs, _ = _current(batch, seed)
+    loss, sums = policy_loss(batch, logprobs, None, **PLAIN)
+    tokens = max(batch.num_loss_tokens, 1)
+    want = torch.where(batch.loss_mask, -batch.advantages / tokens, 0.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], want, **TINY_TOLERANCE)
+    stats = finish_stats(sums)
+    if batch.num_loss_tokens:
+        assert stats["policy/ratio_mean"] == stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
+        assert stats["policy/clip_frac"] == stats["policy/approx_kl"] == 0
+        distance = (logprobs.detach() - batch.rollout_logprobs)[batch.loss_mask].abs().mean().item()
+        assert stats["mismatch/logprob_abs_mean"] == pytest.approx(distance)
+
+
+def test_a_step_with_no_loss_token_gives_zero_and_no_nan(random_batch) -> None:
+    """Would catch: 0 / 0 in the loss or in a metric when every reward of a step is missing."""
+    batch = random_batch(0)
+    batch = batch.replace(
+        loss_mask=torch.zeros_like(batch.loss_mask), num_loss_tokens=0, num_loss_sequences=0
+    )
+    logprobs, entropy = _current(batch)
+    loss, sums = policy_loss(batch, logprobs, entropy, **FULL)
+    assert not torch.autograd.grad(loss, logprobs)[0].any()
+    assert finish_stats(sums) == {"policy/loss": 0.0}
+
+
+def test_nan_inside_the_loss_mask_is_seen(random_batch) -> None:
+    """Would catch: a NaN filtered out on its way to the engine's check or to the dashboard."""
+    batch = random_batch(3)
+    logprobs, entropy = _current(batch)
+    row, col = batch.loss_mask.nonzero()[0]
+    spoilt = logprobs.detach().clone()
+    spoilt[row, col] = math.nan
+    loss, sums = policy_loss(batch, spoilt, entropy, **FULL)
+    stats = finish_stats(sums)
+    assert loss.isnan()
+    names = "loss", "kl_ref", "approx_kl", "ratio_mean", "ratio_min", "ratio_max"
+    assert all(math.isnan(stats[f"policy/{name}"]) for name in names)
+
+
+def test_metrics_by_name(random_batch) -> None:
+    """Would catch: a metric under another name or in another unit than the dashboard's."""
+    batch = random_batch(3)
+    logprobs, entropy = _current(batch)
+    sums = policy_loss(batch, logprobs, entropy, **FULL)[1]
+    stats = finish_stats(sums)
+    policy = ["loss", "entropy", "approx_kl", "kl_ref", "clip_frac", "clip_frac_low", "clip_frac_high"]
+    policy += ["ratio_mean", "ratio_min", "ratio_max"]
+    mismatch = ["logprob_abs_mean", "logprob_abs_max", "kl", "ess"]
+    assert set(stats) == {f"policy/{n}" for n in policy} | {f"mismatch/{n}" for n in mismatch}
+    d = (logprobs.detach() - batch.ref_logprobs)[batch.loss_mask]
+    assert stats["policy/kl_ref"] == pytest.approx(((-d).exp() - 1 + d).mean().item())
+    assert stats["policy/entropy"] == pytest.approx(entropy[batch.loss_mask].mean().item())
+    assert stats["policy/clip_frac"] == stats["policy/clip_frac_low"] + stats["policy/clip_frac_high"] > 0
+    twice = finish_stats(merge_sums([sums, sums]), num_updates=2)
+    assert twice == pytest.approx(stats)
+
+
+def test_sft_is_the_mean_negative_log_likelihood_of_the_step(random_batch) -> None:
+    """Would catch: a mean per micro-batch; a sign."""
+    batch = random_batch(3)
+    logprobs, _ = _current(batch)
+    want = -logprobs[batch.loss_mask].mean()
+    loss, sums = sft_loss(batch, logprobs)
+    torch.testing.assert_close(loss, want)
+    parts = []
+    for rows in ([1, 4], [], [0, 2, 3]):
+        micro = batch.select(rows)
+        parts.append(sft_loss(micro, logprobs[rows][:, : micro.token_ids.shape[1]])[1])
+    assert finish_stats(merge_sums(parts)) == {"sft/loss": pytest.approx(want.item())}
+    assert finish_stats(sums) == {"sft/loss": pytest.approx(want.item())}
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "message"),
+    [
+        ({"objective": "reinforce"}, {}, "'reinforce' is unknown; choose one of ppo_clip"),
+        ({"aggregation": "mean"}, {}, "'mean' is unknown"),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, {}, "only k2 and k3 pull"),
+        ({"kl_coef": 0.1}, {"ref_logprobs": None}, "kl_coef=0.1 needs ref_logprobs"),
+        ({"entropy_coef": 0.1}, {}, "entropy_coef=0.1 needs the entropy"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(settings: dict, missing: dict, message: str, random_batch) -> None:
+    """Would catch: a coefficient that silently does nothing."""
+    batch = random_batch(0).replace(**missing)
+    logprobs, _ = _current(batch)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(batch, logprobs, None, **{**PLAIN, **settings})

@@ -1,0 +1,129 @@
+"""The command line: start-up time, exit codes, no torch before a recipe is valid."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+VALID = """\
+model: {path: some/model}
+data: {path: train.jsonl}
+reward: [{function: exact_match}]
+trainer: {steps: 10}
+"""
+
+
+def rlhf(*args, code="from rlhf.cli import main; main()"):
+    """The finished command and the processor seconds it took, which other work on the machine does not stretch much."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "120"}
+    before = _seconds_of_children()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done, _seconds_of_children() - before
+
+
+def _seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["validate", "--help"], ["--version"]])
+def test_help_is_immediate(args):
+    """Catches: an import of torch, or of anything slow, at the top of the command line."""
+    done, seconds = rlhf(*args)
+    assert done.returncode == 0, done.stderr
+    assert seconds < 1
+
+
+def test_help_names_the_commands():
+    out = rlhf("--help")[0].stdout
+    assert "train" in out and "validate" in out
+    assert rlhf()[0].stdout.split() == out.split()
+    assert rlhf("--version")[0].stdout.startswith("rlhf 0.")
+
+
+def test_a_bad_recipe_is_refused_within_three_seconds_with_exit_code_2(write):
+    path = write(VALID.replace("steps", "stepps"))
+    for command in ("validate", "train"):
+        done, took = rlhf(command, path, "rollout.group_size=1", "run.nme=x")
+        assert done.returncode == 2
+        assert took < 3
+        assert "Traceback" not in done.stderr and done.stdout == ""
+        for said in (
+            ":4: trainer.stepps: unknown key; did you mean trainer.steps?",
+            "group_size >= 2",
+            "run.name?",
+        ):
+            assert said in done.stderr
+
+
+def test_valid_recipes_are_summarised(write):
+    done, _ = rlhf(
+        "validate", write(VALID), "runtime.backend=ray", "placement={a: {roles: [actor, rollout], gpus: 2}}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "grpo, 10 steps of 32 prompts; a = actor, rollout on 2 GPUs" in done.stdout
+
+
+def test_show_prints_a_recipe_that_is_valid(write):
+    shown, _ = rlhf("validate", write(VALID), "--show", "trainer.lr=3e-4")
+    again, _ = rlhf("validate", write(shown.stdout), "--show")
+    assert "lr: 0.0003" in shown.stdout and again.stdout == shown.stdout
+
+
+def test_an_unknown_option_is_explained(write):
+    done, _ = rlhf("train", write(VALID), "--trainer.lr=3")
+    assert done.returncode == 2
+    assert (
+        "--trainer.lr=3: no such option; a recipe's keys are given without dashes, as key=value"
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_torch_is_not_imported_before_the_recipe_is_valid(write, command):
+    """Catches: seconds of waiting for a typo."""
+    code = (
+        "import sys, atexit\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'ray', 'deepspeed', 'datasets', 'wandb', 'pandas'}\n"
+        "atexit.register(lambda: print('HEAVY', sorted(heavy & set(sys.modules))))\n"
+        "from rlhf.cli import main; main()"
+    )
+    done, _ = rlhf(command, write("a: 1"), code=code)
+    assert done.returncode == 2 and "HEAVY []" in done.stdout
+
+
+def test_train_hands_over_the_plan_and_its_exit_code(write):
+    code = (
+        "import sys, types\n"
+        "fake = types.ModuleType('rlhf.runtime.run')\n"
+        "fake.run_plan = lambda plan, fresh: print(plan.stages[0].recipe.trainer.steps, fresh) or 7\n"
+        "sys.modules['rlhf.runtime.run'] = fake\n"
+        "from rlhf.cli import main; main()"
+    )
+    done, _ = rlhf("train", write(VALID), "trainer.steps=11", code=code)
+    assert (done.stdout.strip(), done.returncode) == ("11 False", 7), done.stderr
+    done, _ = rlhf("train", write(VALID), "trainer.steps=11", "--fresh", code=code)
+    assert (done.stdout.strip(), done.returncode) == ("11 True", 7), done.stderr

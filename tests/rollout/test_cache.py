@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+
+from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes, prefix_digests
+
+
+def make_pool(num_pages):
+    pool = PagePool(0)
+    pool.grow(num_pages)
+    return pool
+
+
+def test_pages_come_back_after_the_last_reference():
+    # catches a page freed while a fork still reads it, and one that never comes back
+    pool = make_pool(4)
+    pages = pool.take(2)
+    pool.share(pages, 2)
+    for _ in range(2):
+        pool.release(pages)
+        assert pool.num_in_use == 2
+    pool.release(pages)
+    assert pool.num_in_use == 0 and pool.num_available == 4
+    with pytest.raises(AssertionError, match="released more often"):
+        pool.release(pages[:1])
+
+
+def test_a_page_is_never_handed_out_twice():
+    # catches a free list that loses or doubles pages, over random traffic with sharing and caching
+    source = np.random.default_rng(0)
+    pool, held, digests = make_pool(16), [], iter(range(10_000))
+    for _ in range(2000):
+        if held and source.random() < 0.5:
+            pool.release(held.pop(source.integers(len(held))))
+        else:
+            count = int(source.integers(1, 4))
+            if count <= pool.num_available:
+                pages = pool.take(count)
+                held.append(pages)
+                if source.random() < 0.5:
+                    pool.remember(pages, [str(next(digests)).encode() for _ in pages])
+            if held and source.random() < 0.3:
+                pool.share(held[0], 1)
+                held.append(list(held[0]))
+        counts = np.bincount(np.concatenate([*held, []]).astype(int), minlength=16)
+        assert (counts == pool.references).all()
+        assert pool.num_in_use == (counts > 0).sum()
+    for pages in held:
+        pool.release(pages)
+    assert pool.num_in_use == 0 and sorted(pool.take(16)) == list(range(16))
+
+
+def test_cached_pages_are_found_until_their_room_is_needed():
+    # catches eviction of the wrong page: the least recently used prefix goes first, and its tail before its head
+    pool = make_pool(4)
+    old, new = pool.take(2), pool.take(2)
+    pool.remember(old, [b"old0", b"old1"])
+    pool.remember(new, [b"new0", b"new1"])
+    pool.release(new)
+    pool.release(old)
+    again = pool.find([b"new0", b"new1"])  # now more recent than `old`
+    assert again == new
+    pool.release(again)
+    pool.take(1)
+    assert pool.find([b"old0", b"old1"]) == old[:1] and pool.num_cached == 3
+    assert pool.find([b"new0", b"other"]) == new[:1]
+
+
+def test_a_page_in_use_is_not_evicted():
+    # catches a cached page that is taken from under the sequence that found it
+    pool = make_pool(2)
+    pages = pool.take(1)
+    pool.remember(pages, [b"a"])
+    pool.release(pages)
+    assert pool.find([b"a"]) == pages
+    assert pool.num_available == 1
+    assert pool.take(1) != pages
+
+
+def test_forget_frees_idle_pages_and_keeps_those_in_use():
+    pool = make_pool(3)
+    pages = pool.take(2)
+    pool.remember(pages, [b"a", b"b"])
+    pool.release(pages[1:])
+    pool.forget()
+    assert pool.find([b"a"]) == [] and pool.num_cached == 0 and pool.num_in_use == 1
+    pool.release(pages[:1])
+    assert pool.num_available == 3
+
+
+def test_a_known_prefix_keeps_its_page():
+    # catches two pages under one digest, of which one could then never be evicted
+    pool = make_pool(2)
+    first, second = pool.take(1), pool.take(1)
+    pool.remember(first, [b"a"])
+    pool.remember(second, [b"a"])
+    pool.release(first)
+    pool.release(second)
+    assert pool.find([b"a"]) == first
+    pool.release(first)
+    assert sorted(pool.take(2)) == [0, 1]
+
+
+def test_digests_depend_on_version_and_on_everything_before():
+    # catches a chain that hashes pages alone (another prompt's page would match) or leaves the version out
+    tokens = np.arange(10)
+    digests = prefix_digests(3, tokens, 4)
+    assert len(digests) == 2  # the last, partial page has none
+    assert prefix_digests(3, tokens[:8], 4) == digests
+    assert not set(prefix_digests(4, tokens, 4)) & set(digests)
+    other = tokens.copy()
+    other[0] = 99
+    assert not set(prefix_digests(3, other, 4)) & set(digests)
+
+
+def test_pages_grow_with_their_contents_and_start_at_zero():
+    # catches uninitialised memory (0 * NaN in a masked position is NaN) and contents lost when the cache grows
+    pages = KVPages([(2, 3), (1, 4)], 4, torch.float32, torch.device("cpu"))
+    assert pages.page_bytes == 2 * 4 * 4 * (2 * 3 + 1 * 4)
+    pages.grow(2)
+    pages.k[1][1] = 7
+    pages.grow(50)
+    assert pages.num_pages == 50 and (pages.k[1][1] == 7).all()
+    assert all((t[2:] == 0).all() for t in (*pages.k, *pages.v))
+    pages.clear()
+    assert pages.num_pages == 0
+
+
+def test_copy_takes_only_the_positions_asked_for():
+    # catches a fork that copies another page, another layer's page, or too few positions
+    pages = KVPages([(1, 2), (1, 2)], 4, torch.float32, torch.device("cpu"))
+    pages.grow(4)
+    for tensors in (pages.k, pages.v):
+        for layer, tensor in enumerate(tensors):
+            tensor[1] = layer + 1
+    pages.copy([1, 1], [2, 3], 3)
+    for tensors in (pages.k, pages.v):
+        for layer, tensor in enumerate(tensors):
+            assert (tensor[2:, :, :3] == layer + 1).all() and (tensor[2:, :, 3:] == 0).all()
+    pages.copy([], [], 0)
+
+
+def test_free_memory_is_a_number_of_bytes():
+    # catches kB taken for bytes: this process alone has more than 1 MB and less than a petabyte
+    assert 1 << 20 < free_memory_bytes(torch.device("cpu")) < 1 << 50

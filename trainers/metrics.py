@@ -1,0 +1,38 @@
+"""A step's numbers, from its records: names and meanings are those of docs/metrics.md.
+
+Only numbers that are a function of the recipe are made here; times and rates are the clock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf.losses import finish_stats, merge_sums
+from rlhf.records import Rollout
+from rlhf.trainers.deepspeed_engine import UpdateStats
+
+
+def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Means over the step's updates, weighted by their loss tokens; gradient norm and learning rate of the last."""
+    metrics = finish_stats(merge_sums([u.sums for u in updates]), num_updates=len(updates))
+    last = updates[-1]
+    return metrics | {"policy/grad_norm": last.grad_norm, "policy/lr": last.lr}
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], *, version: int) -> dict[str, float]:
+    """Lengths, ways of ending, and how many optimiser steps old the samples were when the update began."""
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    lags = [version - v for r in rollouts for v in r.policy_versions] or [0]
+    return {
+        "rollout/response_tokens_mean": float(lengths.mean()),
+        "rollout/response_tokens_p50": float(np.percentile(lengths, 50)),
+        "rollout/response_tokens_p95": float(np.percentile(lengths, 95)),
+        "rollout/response_tokens_max": float(lengths.max()),
+        "rollout/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        "rollout/aborted_frac": float(np.mean([r.finish_reason == "aborted" for r in rollouts])),
+        "rollout/empty_frac": float(np.mean([not r.response_text.strip() for r in rollouts])),
+        "staleness/mean": float(np.mean(lags)),
+        "staleness/max": float(np.max(lags)),
+    }
