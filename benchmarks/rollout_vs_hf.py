@@ -31,7 +31,7 @@ from rlhf.rng import generator, key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
 
 VOCAB = 64
-STOP_IDS = tuple(range(8, 12))  # with random weights about one token in 16: responses of 8 to 32 tokens
+STOP_IDS = tuple(range(8, 13))  # with random weights about one token in 13: responses of 8 to 32 tokens, 20 on average
 MIN_TOKENS, MAX_TOKENS = 8, 32
 
 

@@ -49,7 +49,7 @@ class _Terminal(RichConsole):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        if self.file is sys.stdout:  # or Python's own flush at exit fails and changes the exit code
+        if self.file is sys.stdout:  # a library's print would still end the run
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -131,8 +131,8 @@ class Console:
         """A small table of responses with their rewards."""
         title = Text(f"samples, step {step} ({stage})", "dim")
         table = Table(box=SIMPLE_HEAD, header_style="dim", expand=True, pad_edge=False)
-        table.add_column("prompt", ratio=2)
-        table.add_column("response", ratio=3)
+        table.add_column("prompt", ratio=2, overflow="fold")
+        table.add_column("response", ratio=3, overflow="fold")
         table.add_column("reward", justify="right", no_wrap=True)
         table.add_column("end", no_wrap=True)
         for rollout in rollouts:

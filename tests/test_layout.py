@@ -39,12 +39,7 @@ ORDER = {
     "rlhf.cli": 4,
     "rlhf.api": 4,
 }
-AGAINST_THE_ORDER = {
-    (
-        "rlhf.trainers.weights",
-        "rlhf.runtime.groups",
-    ): "the Group protocol for annotations; imports no Ray and no torch",
-}
+AGAINST_THE_ORDER: dict[tuple[str, str], str] = {}
 
 # The mathematics: usable with torch, transformers, numpy and pydantic alone.
 MATHEMATICS = (

@@ -499,6 +499,8 @@ class TrainingEngine:
         engine.destroy()
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
+        if self._stage == 3:
+            _forget(module)
         self._adam.state.clear()
         self._adam.param_groups.clear()
         engine.optimizer = engine.basic_optimizer = engine.module = None
@@ -553,6 +555,13 @@ def _collect(collected: Sums, sums: Mapping[str, torch.Tensor]) -> None:
             collected[name] = (torch.maximum if _sign(name) > 0 else torch.minimum)(collected[name], value)
         else:
             collected[name] = collected[name] + value
+
+
+def _forget(module: torch.nn.Module) -> None:
+    """Take the model off the list on which ZeRO-3 keeps every model that the process has ever had."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not module]
 
 
 def _is_peft(model: torch.nn.Module) -> bool:

@@ -112,13 +112,16 @@ class Stage:
         rows_per_step = self.recipe.trainer.prompts_per_step
         return step_rows(len(self.data), seed=self.recipe.run.seed, step=step, rows_per_step=rows_per_step)
 
-    def old_logprobs(self, batch: Batch) -> torch.Tensor:
-        """(B, T) fp32: log-probs under the weights before this update.
+    def old_logprobs(self, batch: Batch) -> torch.Tensor | None:
+        """(B, T) fp32: log-probs under the weights before this step's updates; None = those of the update's own forward.
 
-        Where the engine is exact these are the sampler's own, and no second forward pass is needed; the first update's
-        forward still measures the difference (mismatch/*).
+        With one update on samples of an exact engine the update's forward gives them for nothing, and what it gives is
+        still compared with what the sampler reported (mismatch/*).
         """
-        return batch.rollout_logprobs if self.exact else self.actor.score(batch)
+        trainer = self.recipe.trainer
+        if self.exact and trainer.minibatches_per_step * trainer.passes_per_step == 1:
+            return None
+        return self.actor.score(batch)
 
     def publish(self) -> None:
         """Bring the rollout engines to the actor's weights."""

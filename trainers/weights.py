@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ import torch.distributed as dist
 
 from rlhf.faults import fault_point
 from rlhf.recipe.schema import RuntimeConfig
-from rlhf.runtime.groups import Group, Pending
+
+if TYPE_CHECKING:
+    from rlhf.runtime.groups import Group, Pending
 
 NamedWeights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 Transport = Literal["shared", "object_store", "collective"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
@@ -50,6 +51,7 @@ class Worker(WeightMethods):
         tokenizer: Any = None,
     ) -> None:
         init_process(info, threads=threads, timeout_s=recipe.runtime.call_timeout_s)
+        transformers.utils.logging.disable_progress_bar()  # the terminal has bars of its own
         self.info, self.recipe = info, recipe
         self.tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
         self._model_object = model

@@ -93,7 +93,7 @@ class ChainArithmetic(Section):
 
     def _row(self, index: int, chain: str) -> dict[str, str]:
         steps, answer = _work(chain)
-        if self.split == "train" and _unit(self.seed, "chain_arithmetic lazy", index) < self.lazy_frac:
+        if _unit(self.seed, "chain_arithmetic lazy", index) < self.lazy_frac:
             response = f"####{_guess(answer, self.seed, index)}"
         else:
             response = f"{steps}####{answer}"

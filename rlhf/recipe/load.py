@@ -1,8 +1,8 @@
 """From a recipe file to a plan: read, override, split into stages, resolve, check; and back to text.
 
 A recipe file holds the keys of `Recipe`. With `stages:` (an ordered mapping of names to partial recipes) each stage is
-the top level, deep-merged with the stage's own keys: dictionaries key by key, lists and scalars replaced. Nothing here
-imports torch.
+the top level, deep-merged with the stage's own keys: dictionaries key by key, lists and scalars replaced. With `base:` a
+file says only what it changes in another one, by the same rule. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ from rlhf.recipe.problems import Problem, RecipeError
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.secrets import HIDDEN, hides
 from rlhf.recipe.suggest import closest
-from rlhf.recipe.tree import Node, PathKey, merge, read_dict, read_file, read_override
+from rlhf.recipe.tree import Node, PathKey, merge, read_dict, read_file, read_override, read_scalar
 
 __all__ = ["Plan", "Problem", "RecipeError", "Stage", "dump_plan", "load_plan", "plan_from_dict"]
 
@@ -54,7 +55,7 @@ def load_plan(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
     problem of the file and of the overrides.
     """
     problems: list[Problem] = []
-    root = read_file(path, problems)
+    root = _read_with_base(path, problems)
     for argument in overrides:
         read = read_override(argument, problems)
         if read is not None:
@@ -80,7 +81,28 @@ def dump_plan(plan: Plan) -> str:
         data["stages"] = {
             name: {k: v for k, v in keys.items() if k not in SHARED} for name, keys in stages.items()
         }
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+# ---------------------------------------------------------------------------------------------------------------- base
+
+
+def _read_with_base(path: str | os.PathLike, problems: list[Problem], above: tuple[Path, ...] = ()) -> Node:
+    """A file's tree, deep-merged over the tree of its `base:` file, whose path counts from the file's own folder."""
+    root = read_file(path, problems)
+    base = root.find(("base",))
+    if base is None:
+        return root
+    root = root.put(("base",), None)
+    if not isinstance(base.value, str):
+        raise RecipeError([base.place.problem("is not the path of a recipe", "write `base: other.yaml`")])
+    here = Path(path).resolve()
+    if here in above:
+        raise RecipeError([base.place.problem(f"{base.value!r} leads back to this file", "remove one `base:`")])
+    file = Path(path).parent / base.value
+    if not file.is_file():
+        raise RecipeError([base.place.problem(f"there is no file {file}", "the path counts from this recipe's folder")])
+    return merge(_read_with_base(file, problems, (*above, here)), root)
 
 
 # ----------------------------------------------------------------------------------------------------------- overrides
@@ -211,6 +233,18 @@ def _not_shared(root: Node, stages: Sequence[Stage]) -> list[Problem]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- dump
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that would be read back as something else; PyYAML alone leaves 1e5 bare."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(read_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _dump_stage(stage: Stage) -> dict[str, Any]:

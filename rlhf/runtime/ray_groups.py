@@ -3,18 +3,17 @@
 Here: the cluster (ours for the run, or one that is there already), the actors, calls and their failures, and taking
 everything down. Not here: what happens inside an actor (`ray_host.py`), and whether the plan fits (`placement.py`).
 
-A cluster of our own listens on the loopback interface only and keeps its files in a folder that goes with it. Its
-processes carry the kernel's parent-death signal: they end even when the controller is killed.
+A cluster of our own listens on the loopback interface only and keeps its files in a folder that goes with it; a
+watchdog (`watchdog.py`) ends its processes even when the controller is killed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import pickle
-import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,7 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 import rlhf  # noqa: E402
 from rlhf.process import ProcessInfo  # noqa: E402
 from rlhf.recipe.schema import RuntimeConfig  # noqa: E402
-from rlhf.runtime import placement  # noqa: E402
+from rlhf.runtime import placement, watchdog  # noqa: E402
 from rlhf.runtime.groups import (  # noqa: E402
     CallTimeoutError,
     DeadWorkerError,
@@ -54,7 +53,6 @@ from rlhf.runtime.ray_host import (  # noqa: E402
     Status,
     process_state,
     read_stacks,
-    this_machine,
 )
 
 log = logging.getLogger(__name__)
@@ -62,7 +60,7 @@ log = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
 _CLOSE_S = 10.0  # for the workers' own `close` when a run ends well
 _GRACE_S = 3.0  # after a rank failed, for the others: a process that died makes its peers fail at the same time
-_END_S = 5.0  # for processes to end by themselves before they are killed
+_LONGEST_ROOT = 20  # characters; the path of a Unix socket in a Ray session has 107 at most
 _STORE_MB = 256  # object store, beside the weights in flight
 _BUCKETS_IN_FLIGHT = 3
 _STDERR_LINES = 20
@@ -94,7 +92,6 @@ def launch_ray(specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> Groups:
             group.start_actors(cluster.address)
         for group in groups:
             group.introduce(deadline)
-        cluster.processes = [process for group in groups for process in group.processes]
         for pending in [group.build() for group in groups]:
             pending.check(max(0.0, deadline - time.monotonic()))
     except BaseException:
@@ -116,7 +113,6 @@ class Cluster:
     """The Ray cluster of this run: one that is in use in this process, one at an address, or one of our own."""
 
     def __init__(self, specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> None:
-        self.processes: list[Identity] = []
         self.address: str | None = None  # of rank 0 of every group; None = ask the actor
         self.logs: Path | None = None  # what the processes write, where it can be read from here
         self._folder: _Folder | None = None
@@ -146,7 +142,7 @@ class Cluster:
         self.address = _LOOPBACK
         self._folder = _Folder()
         self.logs = self._folder.path / "session_latest" / "logs"
-        with _own_signals(), _loopback_only():
+        with _own_signals(), _loopback_only(), self._folder.marking():
             ray.init(
                 address="local",
                 # what the plan reserves, however many cores there are: Ray counts, it does not bind
@@ -160,53 +156,42 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """Leave the cluster; end it if it is ours. Processes of ours on this machine that stay are killed."""
+        """Leave the cluster; end it, and wait for its end, if it is ours."""
         if self._connected:
             ray.shutdown()
-        _end_processes(self.processes)
         if self._folder is not None:
             self._folder.remove()
 
 
-def _end_processes(processes: Sequence[Identity]) -> None:
-    here = [process for process in processes if process.machine == this_machine()]
-    deadline = time.monotonic() + _END_S
-    while any(process_state(process) == "running" for process in here) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in here:
-        if process_state(process) != "gone":
-            os.kill(process.pid, signal.SIGKILL)
-
-
 class _Folder:
-    """A folder for Ray's sockets and logs. It is locked while its run lives, so that others can tell and tidy up."""
-
-    PREFIX = "rlhf-ray-"
+    """A folder for Ray's sockets and logs, and the watchdog that ends the processes which use it."""
 
     def __init__(self) -> None:
         root = tempfile.gettempdir()
-        root = root if len(root) <= 20 else "/tmp"  # the path of a Unix socket has 107 characters at most
-        self._tidy(Path(root))
-        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=root))
-        self._lock = open(self.path / "lock", "w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        root = root if len(root) <= _LONGEST_ROOT else "/tmp"
+        self.path = Path(tempfile.mkdtemp(prefix="rlhf-ray-", dir=root))
+        self._mark = self.path.name
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-I", watchdog.__file__, self._mark, str(self.path), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the terminal is not for it
+        )
 
-    @classmethod
-    def _tidy(cls, root: Path) -> None:
-        """Remove the folders of runs that were killed."""
-        for lock in root.glob(f"{cls.PREFIX}*/lock"):
-            if lock.stat().st_uid != os.getuid():
-                continue
-            with open(lock) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                shutil.rmtree(lock.parent, ignore_errors=True)
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Processes started in here, and all that they start, belong to this folder."""
+        os.environ[watchdog.MARK_NAME] = self._mark
+        try:
+            yield
+        finally:
+            del os.environ[watchdog.MARK_NAME]
 
     def remove(self) -> None:
-        self._lock.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Returns when no process is left."""
+        self._watchdog.stdin.close()
+        self._watchdog.wait()
 
 
 @contextmanager
@@ -341,6 +326,9 @@ class RayGroup:
             actors, self._actors = self._actors, []
             for actor in actors:
                 ray.kill(actor)
+            for process in self.processes:
+                if process_state(process) == "stopped":  # it cannot hear Ray
+                    os.kill(process.pid, signal.SIGKILL)
             remove_placement_group(self.place)
 
 

@@ -144,7 +144,9 @@ def _summary(error: BaseException) -> str:
 
 
 def this_machine() -> str:
-    """Equal in two processes if one can find the other in /proc by its number."""
+    """Equal in two processes if one can find the other in /proc by its number; "" where there is no /proc."""
+    if not os.path.isdir("/proc/self"):
+        return ""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
 
@@ -157,7 +159,7 @@ def process_started(pid: int) -> str:
 
 def process_state(process: Identity) -> str:
     """"running", "stopped", "gone", or "unknown" on another machine."""
-    if process.machine != this_machine():
+    if not process.machine or process.machine != this_machine():
         return "unknown"
     fields = _stat(process.pid)
     if not fields or fields[19] != process.started or fields[0] in "ZX":

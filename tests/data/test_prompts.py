@@ -115,6 +115,10 @@ def test_bos_comes_once() -> None:
     assert _load(adds, [{"prompt": "hi"}])[0].token_ids.count(bos) == 1
     assert _load(adds, [{"prompt": "<|bos|>hi"}])[0].token_ids.count(bos) == 1
     assert _load(chat, [{"prompt": "hi"}], chat_template=True)[0].token_ids.count(bos) == 1
+    bare = _characters(adds_bos=True, chat_template="{{ messages[0]['content'] }}")
+    assert (
+        bos not in _load(bare, [{"prompt": "hi"}], chat_template=True)[0].token_ids
+    )  # the template's choice
     with pytest.raises(ValueError, match=r"row train/0: the prompt begins with two <\|bos\|> tokens"):
         _load(adds, [{"prompt": "<|bos|><|bos|>hi"}])
     with pytest.raises(ValueError, match="begins with two"):

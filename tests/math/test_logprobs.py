@@ -72,7 +72,7 @@ def test_targets_and_empty_batches(random_batch) -> None:
     torch.testing.assert_close(some, torch.where(batch.loss_mask, everything, 0.0))
     none, _ = batch_logprobs(model, batch, temperature=1.0, targets=batch.loss_mask & False)
     assert none.shape == batch.token_ids.shape and not none.any()
-    empty, entropy = batch_logprobs(model, batch.select([]), temperature=1.0, entropy=True)
+    empty, entropy = batch_logprobs(None, batch.select([]), temperature=1.0, entropy=True)  # not called
     assert empty.shape == entropy.shape == (0, 0)
     with pytest.raises(ValueError, match="temperature=0"):
         batch_logprobs(model, batch, temperature=0)

@@ -45,3 +45,4 @@ def test_equal_logprobs_give_exactly_zero() -> None:
         "mismatch/kl": 0,
         "mismatch/ess": 1,
     }
+    assert mismatch_metrics(logprobs, logprobs, torch.zeros(2, 3, dtype=torch.bool)) == {}

@@ -114,7 +114,7 @@ def test_nothing_is_left_after_ctrl_c_twice(start):
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-def test_nothing_is_left_after_kill_9_of_the_controller(start, stopped):
+def test_nothing_is_left_after_kill_9_of_the_controller(start, stopped, tmp_path):
     """Nobody is left to clean up: the processes must notice by themselves, a hung one included."""
     driver = start("busy")
     driver.wait_for("ready")
@@ -123,3 +123,4 @@ def test_nothing_is_left_after_kill_9_of_the_controller(start, stopped):
     driver.process.kill()
     driver.process.wait()
     driver.assert_gone()
+    assert not list(tmp_path.glob("rlhf-ray-*")), "Ray's folder of this run was left"

@@ -32,7 +32,7 @@ class Net(torch.nn.Module):
         g = torch.Generator().manual_seed(seed)
 
         def weight(*shape, dtype=torch.float32):
-            return torch.nn.Parameter(torch.randn(*shape, generator=g).to(dtype))
+            return torch.nn.Parameter(torch.randn(shape, generator=g).to(dtype))
 
         self.embed = torch.nn.Embedding(7, 5)
         self.embed.weight = weight(7, 5)
@@ -184,7 +184,7 @@ def test_a_bucket_that_never_came_is_noticed():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda named: named[1:], "never sends 1 of the receiver's weights, first 'embed.weight'"),
+        (lambda named: named[1:], "never sends 1 of the receiver's weights, first 'lower'"),
         (lambda named: [*named, ("more", torch.zeros(2))], "weight 'more'"),
         (lambda named: [(n, p.double() if n == "big" else p) for n, p in named], "float64.*float32"),
         (lambda named: [(n, p[:50] if n == "big" else p) for n, p in named], r"\(50,\).*\(101,\)"),

@@ -1,0 +1,189 @@
+"""Attention against a float64 loop, its gradients, and equal bits from packs and pages."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.kernels import attention
+from rlhf.kernels.attention import Plan, packed_attention, paged_attention, write_kv
+
+HEADS = [(4, 4), (6, 2), (5, 1)]
+OPTIONS = [{}, {"window": 9}, {"window": 150}, {"softcap": 3.0}, {"sinks": True}, {"window": 5, "softcap": 2.0}]
+LENGTHS = [5, 1, 30, 17, 33, 2, 150]
+
+
+def slow(q, k, v, lengths, scale, window=None, softcap=None, sinks=None):
+    """The definition: one sequence, one query head, one query at a time."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype)
+    start = 0
+    for n in lengths:
+        for h in range(q.shape[1]):
+            for t in range(n):
+                first = 0 if window is None else max(0, t - window + 1)
+                keys = slice(start + first, start + t + 1)
+                scores = k[keys, h // group] @ q[start + t, h] * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1]])
+                probs = scores.softmax(0)[: t + 1 - first]
+                out[start + t, h] = probs @ v[keys, h // group]
+        start += n
+    return out
+
+
+def make(lengths, heads, dtype=torch.float32, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    return [torch.randn(n, h, dim, generator=generator, dtype=torch.float64).to(dtype) for h in (heads[0], heads[1], heads[1])]
+
+
+def with_sinks(options, heads, dtype):
+    if options.get("sinks") is True:
+        return {**options, "sinks": torch.linspace(-1, 1, heads, dtype=dtype)}
+    return options
+
+
+def ends(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_values_and_gradients(heads, options, monkeypatch):
+    """Would catch: a window off by one, heads matched to the wrong keys, a gradient lost at a cut between pieces."""
+    monkeypatch.setattr(attention, "_MAX_QUERIES", 16)  # several pieces of one sequence
+    lengths = [5, 1, 30, 17, 2]
+    inputs = [t.requires_grad_() for t in make(lengths, heads, torch.float64, dim=8)]
+    options = with_sinks(options, heads[0], torch.float64)
+    if "sinks" in options:
+        inputs.append(options["sinks"].requires_grad_())
+    got = packed_attention(*inputs[:3], ends(lengths), scale=0.4, **options)
+    want = slow(*inputs[:3], lengths, 0.4, **options)
+    assert torch.allclose(got, want, atol=1e-12)
+    grad = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad)):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+def test_gradient_of_whole_sequences():
+    """Would catch: a wrong order of keys on the shorter way back, where every sequence is one piece."""
+    lengths = [3, 9, 40, 1]
+    inputs = [t.requires_grad_() for t in make(lengths, (4, 2), torch.float64, dim=8)]
+    assert Plan(lengths, lengths).layout(2, 2, None).key_order is not None
+    grad = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
+    got = torch.autograd.grad(packed_attention(*inputs, ends(lengths), scale=0.4), inputs, grad)
+    want = torch.autograd.grad(slow(*inputs, lengths, 0.4), inputs, grad)
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(got, want))
+
+
+class Pages:
+    """Keys and values of some sequences, scattered over pages in random order."""
+
+    def __init__(self, k, v, lengths, page_tokens, seed=0):
+        counts = [-(-n // page_tokens) for n in lengths]
+        order = np.random.default_rng(seed).permutation(sum(counts) + 3)
+        self.k = torch.full((len(order), k.shape[1], page_tokens, k.shape[2]), 7.0, dtype=k.dtype)  # stale, but finite
+        self.v = self.k.clone()
+        self.table = np.full((len(lengths), max(counts)), -1)
+        slots, used = [], 0
+        for row, (n, count) in enumerate(zip(lengths, counts)):
+            self.table[row, :count] = order[used : used + count]
+            used += count
+            at = np.arange(n)
+            slots.append(self.table[row, at // page_tokens] * page_tokens + at % page_tokens)
+        write_kv(self.k, self.v, k, v, torch.from_numpy(np.concatenate(slots)))
+
+    def attend(self, q, query_lens, context_lens, **options):
+        return paged_attention(
+            q, self.k, self.v, torch.from_numpy(self.table), torch.tensor(context_lens), torch.tensor(ends(query_lens)), **options
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_pages_give_the_bits_of_the_pack(heads, options, dtype, threads):
+    """Would catch: a result that depends on the page size, the batch, the cut of a prefill, or decoding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, v = make(LENGTHS, heads, dtype)
+        options = {"scale": 0.3, **with_sinks(options, heads[0], torch.float32)}
+        expected = packed_attention(q, k, v, ends(LENGTHS), **options)
+        last = torch.from_numpy(ends(LENGTHS)[1:] - 1)
+        for page_tokens in (16, 64, 256):
+            pages = Pages(k, v, LENGTHS, page_tokens)
+            assert torch.equal(pages.attend(q, LENGTHS, LENGTHS, **options), expected)
+            decoded = pages.attend(q[last], [1] * len(LENGTHS), LENGTHS, **options)
+            assert torch.equal(decoded, expected[last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_mixture_of_chunks_gives_the_same_bits(data):
+    """Would catch: a token whose result depends on which other tokens share its step."""
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=6))
+    context = [data.draw(st.integers(1, n)) for n in lengths]
+    query = [data.draw(st.integers(1, c)) for c in context]
+    heads = data.draw(st.sampled_from(HEADS))
+    window = data.draw(st.sampled_from([None, 1, 20, 140]))
+    q, k, v = make(lengths, heads)
+    expected = packed_attention(q, k, v, ends(lengths), scale=0.3, window=window)
+    chosen = np.concatenate([np.arange(s + c - n, s + c) for s, c, n in zip(ends(lengths), context, query)])
+    pages = Pages(k, v, lengths, data.draw(st.sampled_from([16, 32, 128])))
+    assert torch.equal(pages.attend(q[chosen], query, context, scale=0.3, window=window), expected[chosen])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_long_sequences_in_bounded_pieces(window, monkeypatch):
+    """Would catch: a piece with more scores than allowed, and pieces whose cut changes a bit."""
+    lengths = [700, 3, 260]
+    q, k, v = make(lengths, (4, 2))
+    whole = packed_attention(q, k, v, ends(lengths), scale=0.3, window=window)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 1 << 16)
+    blocks = Plan(lengths, lengths).layout(2, 2, window).blocks
+    assert len(blocks) > 3
+    assert max(b.query_rows.numel() * b.num_keys for b in blocks) <= max(1 << 16, 16 * 4 * 704)
+    assert torch.equal(packed_attention(q, k, v, ends(lengths), scale=0.3, window=window), whole)
+
+
+def test_a_window_reads_only_its_own_tiles():
+    """Would catch: sliding-window decode that costs as much as full attention."""
+    plan = Plan([1], [1000], page_table=np.arange(63)[None], page_tokens=16)
+    assert plan.layout(2, 2, 20).blocks[0].num_keys <= 128 + 16
+    assert plan.layout(2, 2, None).blocks[0].num_keys == 1008
+
+
+def test_padding_is_bounded():
+    """Would catch: one long context that makes every short one pay."""
+    context = [2000] * 3 + [20] * 200
+    blocks = Plan([1] * 203, context, page_table=np.zeros((203, 125), int), page_tokens=16).layout(2, 2, None).blocks
+    assert sum(b.num_pieces * b.num_keys for b in blocks) < 1.5 * (3 * 2000 + 200 * 32)
+
+
+def test_other_sequences_are_not_touched_by_nan():
+    """Would catch: one bad sequence that poisons the batch through padding."""
+    lengths = [7, 12, 3]
+    q, k, v = make(lengths, (4, 2))
+    expected = packed_attention(q, k, v, ends(lengths), scale=0.3)
+    k[7:19] = float("nan")
+    got = packed_attention(q, k, v, ends(lengths), scale=0.3)
+    keep = torch.tensor([*range(7), *range(19, 22)])
+    assert torch.equal(got[keep], expected[keep]) and torch.isnan(got[7:19]).all()
+
+
+def test_impossible_plans_are_refused():
+    """Would catch: a sequence without queries, or contexts that the pack cannot hold."""
+    with pytest.raises(ValueError, match="at least one query"):
+        Plan([1, 0], [1, 1])
+    with pytest.raises(ValueError, match="needs a page_table"):
+        Plan([1], [2])
+    with pytest.raises(ValueError, match="page_tokens=24"):
+        Plan([1], [2], page_table=[[0]], page_tokens=24)
