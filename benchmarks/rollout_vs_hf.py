@@ -1,9 +1,10 @@
-"""The engine against Hugging Face `generate` on the quickstart's workload: same weights, prompts and sampling.
+"""The engine against Hugging Face `generate` on the quickstart's workload: same weights, prompts and
+sampling.
 
-Both sides get the whole batch at once. `generate` runs the stock model with sdpa attention on left-padded prompts, each
-repeated once per sample; the engine runs the prepared model. Runs are interleaved, the first of each is a warm-up, and
-medians are reported. Tokens per second count response tokens up to and including the stop token on both sides. The
-engine's time includes log-probs, which `generate` is not asked for.
+Both sides get the whole batch at once. `generate` runs the stock model with sdpa attention on left-padded
+prompts, each repeated once per sample; the engine runs the prepared model. Runs are interleaved, the first of
+each is a warm-up, and medians are reported. Tokens per second count response tokens up to and including the
+stop token on both sides. The engine's time includes log-probs, which `generate` is not asked for.
 
     python benchmarks/rollout_vs_hf.py [--runs 5] [--threads 2] [--out benchmarks/results]
 
@@ -31,7 +32,8 @@ from rlhf.rng import generator, key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
 
 VOCAB = 64
-STOP_IDS = tuple(range(8, 13))  # with random weights about one token in 13: responses of 8 to 32 tokens, 20 on average
+# with random weights about one token in 13 is a stop: responses of 8 to 32 tokens, 20 on average
+STOP_IDS = tuple(range(8, 13))
 MIN_TOKENS, MAX_TOKENS = 8, 32
 
 
@@ -120,7 +122,9 @@ def compare(sides: dict[str, Callable[[int], int]], runs: int) -> dict[str, dict
                 tokens[name].append(count)
     return {
         name: {
-            "tokens_per_s": statistics.median(t / s for t, s in zip(tokens[name], seconds[name], strict=True)),
+            "tokens_per_s": statistics.median(
+                t / s for t, s in zip(tokens[name], seconds[name], strict=True)
+            ),
             "seconds": statistics.median(seconds[name]),
             "tokens": statistics.median(tokens[name]),
         }
@@ -129,7 +133,8 @@ def compare(sides: dict[str, Callable[[int], int]], runs: int) -> dict[str, dict
 
 
 def machine() -> dict[str, str | int]:
-    model_names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model_names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": model_names[0] if model_names else platform.processor(),
         "cores": os.cpu_count() or 0,

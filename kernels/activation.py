@@ -1,9 +1,9 @@
 """SiLU and tanh-GELU whose values do not depend on where in a tensor an element lies.
 
-torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a row's result
-depends on how many rows there are. Here they are composed of operations that do not (exp and tanh through the vector
-mathematics library, exact arithmetic otherwise). Where the width leaves no such remainder, and on CUDA, the fused
-kernels run. The backward is always the fused one.
+torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a
+row's result depends on how many rows there are. Here they are composed of operations that do not (exp and
+tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
+remainder, and on CUDA, the fused kernels run. The backward is always the fused one.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """Causal attention over packed sequences and over paged keys and values, the same numbers from both.
 
-Here: one plan (which rows of q and of k/v meet in which batched product, built once and shared by all layers) and one
-function that attends; packed training batches (differentiable), prefill in any chunks and decode are plans. A query's
-output depends on its own q and the k/v of its own positions, bit for bit, because in every case:
+Here: one plan (which rows of q and of k/v meet in which batched product, built once and shared by all layers)
+and one function that attends; packed training batches (differentiable), prefill in any chunks and decode are
+plans. A query's output depends on its own q and the k/v of its own positions, bit for bit, because in every
+case:
 
-- query rows are padded to a multiple of 4 and keys to a multiple of 16: a row of a product does not see its neighbours;
+- query rows are padded to a multiple of 4 and keys to a multiple of 16: a row of a product does not see its
+  neighbours;
 - masked scores are so low that their probabilities are exact zeros, and zeros change no sum;
 - probabilities meet values in tiles of 128 absolute positions, added in order.
 
-Arithmetic is in fp32 (fp64 for fp64 inputs). `rlhf.models.probe` checks on the machine at hand that the products keep
-the first promise; it needs head_dim >= 8. Not here: how a model reaches these functions (`rlhf.models.attention`),
-which page belongs to whom (`rlhf.rollout.cache`). On CUDA tensors the same torch operations run, one kernel each: right
-but not fast.
+Arithmetic is in fp32 (fp64 for fp64 inputs). `rlhf.models.probe` checks on the machine at hand that the
+products keep the first promise; it needs head_dim >= 8. Not here: how a model reaches these functions
+(`rlhf.models.attention`), which page belongs to whom (`rlhf.rollout.cache`). On CUDA tensors the same torch
+operations run, one kernel each: right but not fast.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of sequences that one batched product serves: S pieces x Hkv heads, R queries x G query heads each, L keys."""
+    """Pieces of sequences that one batched product serves: S pieces x Hkv heads, R queries x G query heads
+    each, L keys.
+    """
 
     num_pieces: int
     num_queries: int  # R
@@ -67,12 +71,12 @@ class Layout:
 
 
 class Plan:
-    """Who attends to what. Sequence s has `query_lens[s]` >= 1 new tokens, the last of its `context_lens[s]` positions;
-    the new tokens of all sequences lie one after another in q (N, Hq, D).
+    """Who attends to what. Sequence s has `query_lens[s]` >= 1 new tokens, the last of its `context_lens[s]`
+    positions; the new tokens of all sequences lie one after another in q (N, Hq, D).
 
-    Without pages k and v are (N, Hkv, D) beside q and a context is its queries. With pages, position p of sequence s
-    lies in page `page_table[s, p // page_tokens]`; table entries beyond the context are never read. Unwritten positions
-    of a page must be finite (allocate pages with zeros).
+    Without pages k and v are (N, Hkv, D) beside q and a context is its queries. With pages, position p of
+    sequence s lies in page `page_table[s, p // page_tokens]`; table entries beyond the context are never
+    read. Unwritten positions of a page must be finite (allocate pages with zeros).
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Plan:
         self.num_tokens = int(self.query_lens.sum())
         self._layouts: dict[tuple[int, int, int | None], Layout] = {}
         if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
-            raise ValueError("every sequence needs at least one query and a context that ends with its queries")
+            raise ValueError(
+                "every sequence needs at least one query and a context that ends with its queries"
+            )
         if self.page_table is None:
             if (self.context_lens != self.query_lens).any():
                 raise ValueError("a context longer than its queries needs a page_table")
@@ -108,7 +114,9 @@ class Plan:
     def _make_layout(self, heads: int, group: int, window: int | None) -> Layout:
         seq, first, count = self._pieces(heads * group)
         start_at = (self.context_lens - self.query_lens)[seq] + first  # position of a piece's first query
-        key_from = np.zeros_like(seq) if window is None else np.maximum(start_at - window + 1, 0) // TILE * TILE
+        key_from = (
+            np.zeros_like(seq) if window is None else np.maximum(start_at - window + 1, 0) // TILE * TILE
+        )
         padded = _round_up(count, ROW_STEP // np.gcd(ROW_STEP, group))
         keys = _round_up(start_at + count - key_from, KEY_STEP)
         blocks: list[Block] = []
@@ -135,14 +143,20 @@ class Plan:
                     num_queries=rows,
                     num_keys=width,
                     query_rows=self._tensor(query_rows.ravel()),
-                    padding=None if real.all() else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
-                    key_rows=self._tensor(self._key_rows(seq[members], key_from[members], width, heads).ravel()),
+                    padding=None
+                    if real.all()
+                    else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
+                    key_rows=self._tensor(
+                        self._key_rows(seq[members], key_from[members], width, heads).ravel()
+                    ),
                     query_at=query_at,
                     window=window,
                     mask=_mask(query_at, width, window) if query_at.numel() * width <= _MASK_KEPT else None,
                 )
             )
-        return Layout(tuple(blocks), offset, self._tensor(output_rows), self._key_order(blocks, heads, len(seq)))
+        return Layout(
+            tuple(blocks), offset, self._tensor(output_rows), self._key_order(blocks, heads, len(seq))
+        )
 
     def _pieces(self, num_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut long runs of queries: (sequence, first query, number of queries) of each piece."""
@@ -185,9 +199,11 @@ def _round_up(values: np.ndarray, step: int) -> np.ndarray:
     return -(-values // step) * step
 
 
-def _group(queries: np.ndarray, keys: np.ndarray, heads: int, group: int) -> list[tuple[np.ndarray, int, int]]:
-    """Pieces of similar size together: (members, padded queries, padded keys), padding at most half as much again as
-    the work itself, or too little to matter."""
+def _group(
+    queries: np.ndarray, keys: np.ndarray, heads: int, group: int
+) -> list[tuple[np.ndarray, int, int]]:
+    """Pieces of similar size together: (members, padded queries, padded keys), padding at most half as much
+    again as the work itself, or too little to matter."""
     shape, member_of, counts = np.unique(queries << 32 | keys, return_inverse=True, return_counts=True)
     order = np.argsort(member_of, kind="stable")
     groups: list[tuple[int, int, int, int, int]] = []  # end in `order`, R, L, number of pieces, real scores
@@ -196,7 +212,12 @@ def _group(queries: np.ndarray, keys: np.ndarray, heads: int, group: int) -> lis
         r, width, end = code >> 32, code & 0xFFFFFFFF, end + n
         if groups:
             _, last_r, last_width, last_n, last_work = groups[-1]
-            top_r, top_width, total, work = max(r, last_r), max(width, last_width), n + last_n, last_work + n * r * width
+            top_r, top_width, total, work = (
+                max(r, last_r),
+                max(width, last_width),
+                n + last_n,
+                last_work + n * r * width,
+            )
             waste = total * top_r * top_width - work
             if waste <= work // 2 or waste * heads * group <= _CHEAP_SCORES:
                 groups[-1] = (end, top_r, top_width, total, work)
@@ -230,15 +251,17 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each of the packed sequences [cu_seqlens[s], cu_seqlens[s+1]). Differentiable; the
-    backward recomputes the probabilities block by block, so memory stays bounded for long sequences.
+    """Causal attention within each of the packed sequences [cu_seqlens[s], cu_seqlens[s+1]). Differentiable;
+    the backward recomputes the probabilities block by block, so memory stays bounded for long sequences.
 
-    q (N, Hq, D), k (N, Hkv, D), v (N, Hkv, Dv) -> (N, Hq, Dv). scores = softcap * tanh(scale * q k / softcap) where
-    softcap is set; a query sees the last `window` positions, itself included; `sinks` (Hq,) are logits of an extra
-    key with no value.
+    q (N, Hq, D), k (N, Hkv, D), v (N, Hkv, Dv) -> (N, Hq, Dv). scores = softcap * tanh(scale * q k / softcap)
+    where softcap is set; a query sees the last `window` positions, itself included; `sinks` (Hq,) are logits
+    of an extra key with no value.
     """
     lens = np.diff(_ints(cu_seqlens))
-    return attend_packed(q, k, v, Plan(lens, lens, device=q.device), scale=scale, window=window, softcap=softcap, sinks=sinks)
+    return attend_packed(
+        q, k, v, Plan(lens, lens, device=q.device), scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 def attend_packed(
@@ -262,13 +285,17 @@ def attend_packed(
 def write_kv(
     k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Put k, v (N, Hkv, D) of N new tokens into pages (P, Hkv, page, D); slot = page * page_tokens + place in it."""
+    """Put k, v (N, Hkv, D) of N new tokens into pages (P, Hkv, page, D); slot = page * page_tokens + place in
+    it.
+    """
     write_rows(k_pages, v_pages, k, v, kv_rows(slots, k.shape[1], k_pages.shape[2]))
 
 
 def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
     """(N*Hkv,) rows of pages seen as (P*Hkv*page, D) for slots (N,): the same in every layer."""
-    first = slots.div(page_tokens, rounding_mode="floor") * (num_kv_heads * page_tokens) + slots.remainder(page_tokens)
+    first = slots.div(page_tokens, rounding_mode="floor") * (num_kv_heads * page_tokens) + slots.remainder(
+        page_tokens
+    )
     return (first[:, None] + torch.arange(num_kv_heads, device=slots.device) * page_tokens).view(-1)
 
 
@@ -295,9 +322,10 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of new tokens to their contexts in pages; decode, prefill and chunked prefill in any mixture.
 
-    q (N, Hq, D) with sequence s in [query_starts[s], query_starts[s+1]), its tokens the last of its context_lens[s]
-    positions, already written; pages (P, Hkv, page, D); page_table (S, max pages) -> (N, Hq, D). No gradient. The page
-    size does not change the result. Bitwise equal to `packed_attention` of the same sequences.
+    q (N, Hq, D) with sequence s in [query_starts[s], query_starts[s+1]), its tokens the last of its
+    context_lens[s] positions, already written; pages (P, Hkv, page, D); page_table (S, max pages) -> (N, Hq,
+    D). No gradient. The page size does not change the result. Bitwise equal to `packed_attention` of the same
+    sequences.
     """
     plan = Plan(
         np.diff(_ints(query_starts)),
@@ -347,8 +375,8 @@ _scratch_buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
 
 def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor, on the CPU in memory that the next block and layer use again: new pages of memory cost
-    more than the copy into them."""
+    """An uninitialised tensor, on the CPU in memory that the next block and layer use again: new pages of
+    memory cost more than the copy into them."""
     size = math.prod(shape)
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
@@ -379,7 +407,9 @@ def _attend(
     sinks: torch.Tensor | None,
     v_dim: int | None = None,
 ) -> torch.Tensor:
-    """q (N, Hq, D); k, v as tables whose rows are runs of positions of one head -> (N, Hq, Dv). No gradient."""
+    """q (N, Hq, D); k, v as tables whose rows are runs of positions of one head -> (N, Hq, Dv). No
+    gradient.
+    """
     v_dim = v.shape[-1] if v_dim is None else v_dim
     dtype, q_rows = _compute_dtype(q.dtype), _rows(q)
     flat = torch.empty(layout.num_rows, v_dim, dtype=dtype, device=q.device)
@@ -418,7 +448,9 @@ def _scores(
 def _probs(
     scores: torch.Tensor, sinks: torch.Tensor | None, block: Block, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Softmax over the keys; with sinks, over KEY_STEP columns in front too, of which the first is the sink."""
+    """Softmax over the keys; with sinks, over KEY_STEP columns in front too, of which the first is the
+    sink.
+    """
     if sinks is None:
         return torch.softmax(scores, -1, out=out)
     batch, rows, _ = scores.shape
@@ -502,7 +534,9 @@ def _sum_keys(parts: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> 
     if layout.key_order is not None:
         total = _concat(parts).index_select(0, layout.key_order)
     else:
-        total = torch.zeros(like.shape[0] * like.shape[1], like.shape[2], dtype=parts[0].dtype, device=like.device)
+        total = torch.zeros(
+            like.shape[0] * like.shape[1], like.shape[2], dtype=parts[0].dtype, device=like.device
+        )
         for part, block in zip(parts, layout.blocks):
             total.index_add_(0, block.key_rows, _rows(part))
     return total.view(like.shape).to(like.dtype)

@@ -1,9 +1,9 @@
 """y = x W^T + b whose rows do not depend on how many rows there are.
 
-Here: the forward through oneDNN's prepacked weights on the CPU (bitwise the same row at every number of rows, in fp32
-and bf16) with ordinary matrix products behind it in the backward. Not here: when a weight has changed and must be
-packed again (`rlhf.models.linear`). On CUDA, and for other dtypes, `linear` is `torch.nn.functional.linear`, which
-promises nothing about rows.
+Here: the forward through oneDNN's prepacked weights on the CPU (bitwise the same row at every number of rows,
+in fp32 and bf16) with ordinary matrix products behind it in the backward. Not here: when a weight has changed
+and must be packed again (`rlhf.models.linear`). On CUDA, and for other dtypes, `linear` is
+`torch.nn.functional.linear`, which promises nothing about rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class PackedWeight:
         self.source: tuple[int, int] | None = None
 
     def update(self, weight: torch.Tensor) -> torch.Tensor:
-        """The pack of `weight` as it is now. Writes through `.data` leave no trace: after those, call `clear`."""
+        """The pack of `weight` as it is now. Writes through `.data` leave no trace: after those, call
+        `clear`.
+        """
         source = (weight.data_ptr(), weight._version)
         if self.data is None or source != self.source:
             self.data, self.source = pack(weight), source
@@ -60,8 +62,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def row_bucket(num_rows: int) -> int:
-    """The number of rows that the kernel is run with: oneDNN builds a kernel for each new number of rows (about 1 ms),
-    so numbers are rounded up to a few. A caller that pads its rows to a bucket saves a copy of x in every linear."""
+    """The number of rows that the kernel is run with: oneDNN builds a kernel for each new number of rows
+    (about 1 ms), so numbers are rounded up to a few. A caller that pads its rows to a bucket saves a copy of
+    x in every linear."""
     if num_rows <= 2:
         return max(num_rows, 1)
     for limit, step in ((16, 4), (32, 8), (128, 16), (512, 32), (1024, 128)):
@@ -71,7 +74,10 @@ def row_bucket(num_rows: int) -> int:
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), differentiable in all three.
 

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens from logits: one function for the trainer and the sampler.
 
-Here: log softmax of logits / temperature in fp32, the entry of a target token, the entropy. A row depends on its own
-logits only, so the sampler's numbers equal the trainer's. Not here: which logits belong to which token
-(`rlhf.logprobs`), sampling (`rlhf.kernels.sampling`). The same torch operations serve CPU and CUDA.
+Here: log softmax of logits / temperature in fp32, the entry of a target token, the entropy. A row depends on
+its own logits only, so the sampler's numbers equal the trainer's. Not here: which logits belong to which
+token (`rlhf.logprobs`), sampling (`rlhf.kernels.sampling`). The same torch operations serve CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Temperature = float | torch.Tensor  # > 0; a tensor (M,) holds one for each row
 
 
 def log_softmax(logits: torch.Tensor, temperature: Temperature = 1.0) -> torch.Tensor:
-    """(M, V) logits of any float dtype -> (M, V) fp32 (fp64 stays) log-probabilities, nats, at `temperature`."""
+    """(M, V) logits of any float dtype -> (M, V) fp32 (fp64 stays) log-probabilities, nats, at
+    `temperature`.
+    """
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, torch.Tensor):
         scaled = scaled / temperature.to(scaled.dtype)[:, None]
@@ -31,16 +33,22 @@ def log_softmax(logits: torch.Tensor, temperature: Temperature = 1.0) -> torch.T
 def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature = 1.0, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p(target) and, if asked, the entropy of each row's distribution at `temperature` (constant, no gradient).
+    """log p(target) and, if asked, the entropy of each row's distribution at `temperature` (constant, no
+    gradient).
 
-    logits (M, V), targets (M,) int64 -> logprobs (M,) fp32, entropy (M,) fp32 or None, nats; both differentiable. The
-    backward recomputes the softmax from the logits, so beside the logits and their gradient nothing of size (M, V)
-    is kept. Raises ValueError for wrong shapes and for a number as temperature that is not > 0.
+    logits (M, V), targets (M,) int64 -> logprobs (M,) fp32, entropy (M,) fp32 or None, nats; both
+    differentiable. The backward recomputes the softmax from the logits, so beside the logits and their
+    gradient nothing of size (M, V) is kept. Raises ValueError for wrong shapes and for a number as
+    temperature that is not > 0.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (M, V) and (M,)")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (M, V) and (M,)"
+        )
     if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits")
+        raise ValueError(
+            f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
+        )
     logprobs, entropies = _TokenLogprobs.apply(logits, targets, temperature, entropy)
     return logprobs, entropies if entropy else None
 
@@ -88,5 +96,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if ctx.entropy:
                 slope = torch.special.entr(probs).sub_(probs.mul_(entropies[rows, None]))
                 out.addcmul_(slope, grad_entropy[rows, None])
-            grad_logits[rows] = out.div_(temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+            grad_logits[rows] = out.div_(
+                temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+            )
         return grad_logits, None, None, None

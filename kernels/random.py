@@ -1,7 +1,8 @@
-"""Counter-based random numbers on the device: one draw per (key, position), the same in any batch and on any device.
+"""Counter-based random numbers on the device: one draw per (key, position), the same in any batch and on any
+device.
 
-Here: the SplitMix64 generator read as a function of its counter. Not here: keys (`rlhf.rng.key`) and what the numbers
-are used for (`rlhf.kernels.sampling`).
+Here: the SplitMix64 generator read as a function of its counter. Not here: keys (`rlhf.rng.key`) and what the
+numbers are used for (`rlhf.kernels.sampling`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 def random_bits(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """64 random bits: output number `position` of SplitMix64 seeded with `key` (Steele et al., OOPSLA 2014).
 
-    keys, positions: int64, broadcastable; every key is good, but keys should themselves be hashes (`rlhf.rng.key`).
-    Returns int64 of the broadcast shape. Integer arithmetic wraps, so every device gives the same bits.
+    keys, positions: int64, broadcastable; every key is good, but keys should themselves be hashes
+    (`rlhf.rng.key`). Returns int64 of the broadcast shape. Integer arithmetic wraps, so every device gives
+    the same bits.
     """
     x = keys + (positions + 1) * _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1

@@ -1,7 +1,9 @@
-"""Sampling one token per row from logits: temperature, top-k, top-p, banned tokens, and the log-probs of the choice.
+"""Sampling one token per row from logits: temperature, top-k, top-p, banned tokens, and the log-probs of the
+choice.
 
-Here: pure functions of tensors. Every reduction runs along a row, so a row's token and log-probs depend on that row
-alone, never on what else is in the batch. Not here: stop detection and per-request parameters (`rlhf.rollout`).
+Here: pure functions of tensors. Every reduction runs along a row, so a row's token and log-probs depend on
+that row alone, never on what else is in the batch. Not here: stop detection and per-request parameters
+(`rlhf.rollout`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Sampled:
     """One token per row, R rows."""
 
     tokens: torch.Tensor  # (R,) int64
-    logprobs: torch.Tensor  # (R,) fp32, nats: log softmax(logits / T)[token], T = 1 for greedy rows; the policy's own
+    logprobs: torch.Tensor  # (R,) fp32, nats: log softmax(logits / T)[token]; T = 1 for greedy rows
     processed_logprobs: torch.Tensor  # (R,) fp32, nats: under the distribution drawn from; 0 for greedy rows
 
 
@@ -35,10 +37,11 @@ def sample(
 ) -> Sampled:
     """Draw one token per row by inverting the cumulative distribution at `uniforms`.
 
-    logits (R, V) any float dtype; uniforms (R,) float64 in [0, 1); temperature (R,) fp32, 0 = greedy; top_k (R,) int64,
-    0 = all; top_p (R,) float64, 1 = all; None = no row uses it. banned: (rows, columns) that must not be drawn; they
-    count in `logprobs` and not in `processed_logprobs`. Order: temperature, ban, top-k, top-p of what top-k left. Equal
-    scores at a cut are all kept. A row with non-finite logits yields a valid token id with a NaN log-prob.
+    logits (R, V) any float dtype; uniforms (R,) float64 in [0, 1); temperature (R,) fp32, 0 = greedy; top_k
+    (R,) int64, 0 = all; top_p (R,) float64, 1 = all; None = no row uses it. banned: (rows, columns) that must
+    not be drawn; they count in `logprobs` and not in `processed_logprobs`. Order: temperature, ban, top-k,
+    top-p of what top-k left. Equal scores at a cut are all kept. A row with non-finite logits yields a valid
+    token id with a NaN log-prob.
     """
     greedy = temperature == 0
     policy = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -59,7 +62,9 @@ def sample(
 
 
 def keep_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    """Scores (R, V) with everything below each row's k-th largest set to -inf; rows with k = 0 or k >= V are kept."""
+    """Scores (R, V) with everything below each row's k-th largest set to -inf; rows with k = 0 or k >= V are
+    kept.
+    """
     vocab = scores.shape[-1]
     largest = scores.topk(min(max(int(top_k.max()), 1), vocab), -1).values
     kth = largest.gather(-1, (top_k.clamp(1, vocab) - 1)[:, None])
@@ -81,8 +86,12 @@ def keep_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill((probs < floor[:, None]) & (top_p < 1)[:, None], -torch.inf)
 
 
-def _nucleus_floor(probs: torch.Tensor, wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest probability in each row's nucleus, looking at its `count` likeliest; and whether those sufficed."""
+def _nucleus_floor(
+    probs: torch.Tensor, wanted: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest probability in each row's nucleus, looking at its `count` likeliest; and whether those
+    sufficed.
+    """
     largest = probs.topk(count, -1).values
     mass = largest.cumsum(-1, dtype=torch.float64)
     inside = (mass < wanted[:, None]).sum(-1)  # tokens strictly before the one that reaches the wanted mass
@@ -90,7 +99,9 @@ def _nucleus_floor(probs: torch.Tensor, wanted: torch.Tensor, count: int) -> tup
 
 
 def _draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """First token whose cumulative probability exceeds uniform * total: never one of probability zero. (R,) int64."""
+    """First token whose cumulative probability exceeds uniform * total: never one of probability zero. (R,)
+    int64.
+    """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     points = uniforms * cumulative[:, -1]
     return torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].clamp_max(probs.shape[-1] - 1)

@@ -11,7 +11,6 @@ section can be given as a dict (`rollout={"top_p": 0.9}`).
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from rlhf.recipe.load import plan_from_dict
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.suggest import SYNONYMS, closest
 
 # Sections whose fields may be given as plain keywords; where two hold the same name, the first one gets it.
 _SECTIONS = ("trainer", "algorithm", "rollout", "run", "model", "runtime", "tracking", "data", "evaluation")
@@ -123,9 +123,8 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif name in owner:
             recipe.setdefault(owner[name], {})[name] = value
         else:
-            close = difflib.get_close_matches(name, [*owner, *fields], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown setting {name!r}{hint}")
+            near = SYNONYMS.get(name, "").rpartition(".")[2] or closest(name, [*owner, *fields])
+            raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {near!r}?" if near else ""))
     return recipe
 
 

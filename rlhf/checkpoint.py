@@ -1,9 +1,10 @@
 """Checkpoints that survive being interrupted, and the lock that keeps two runs out of one directory.
 
-A checkpoint is a directory `step-00000040` with its files and `manifest.json`. It is written under a temporary name and
-flushed; the manifest (size and SHA-256 of every file) comes last, then the rename, and only then are older ones deleted.
-There is no pointer file: the newest checkpoint whose manifest agrees with its files is the latest one. Tensors are
-safetensors and everything else JSON, so that reading a checkpoint executes nothing.
+A checkpoint is a directory `step-00000040` with its files and `manifest.json`. It is written under a
+temporary name and flushed; the manifest (size and SHA-256 of every file) comes last, then the rename, and
+only then are older ones deleted. There is no pointer file: the newest checkpoint whose manifest agrees with
+its files is the latest one. Tensors are safetensors and everything else JSON, so that reading a checkpoint
+executes nothing.
 
 Here: when files become a checkpoint. Not here: what is in the files (`rlhf.trainers`).
 """
@@ -64,7 +65,7 @@ class Checkpoint:
     damaged: tuple[Damaged, ...] = ()  # newer ones that were passed over
 
 
-# -- saving --------------------------------------------------------------------------------------------------------------
+# -- saving --------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -76,14 +77,18 @@ def save_checkpoint(
     keep_last: int,
     needed_bytes: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and return its directory; then keep it and the `keep_last` - 1 before it.
+    """Write the checkpoint of `step` and return its directory; then keep it and the `keep_last` - 1 before
+    it.
 
-    `write(folder)` puts the files into a temporary folder, subfolders allowed. `meta` must be JSON. `needed_bytes` is
-    compared with the free space first; default: what the newest checkpoint here takes. Whatever fails, and wherever the
-    process dies, every checkpoint that was complete before stays as it was. Raises CheckpointError on a full disk.
+    `write(folder)` puts the files into a temporary folder, subfolders allowed. `meta` must be JSON.
+    `needed_bytes` is compared with the free space first; default: what the newest checkpoint here takes.
+    Whatever fails, and wherever the process dies, every checkpoint that was complete before stays as it was.
+    Raises CheckpointError on a full disk.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last={keep_last} would delete the checkpoint just written; use keep_last >= 1")
+        raise ValueError(
+            f"keep_last={keep_last} would delete the checkpoint just written; use keep_last >= 1"
+        )
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     remove_temporaries(root)
@@ -110,7 +115,8 @@ def save_checkpoint(
 
 
 def remove_temporaries(root: Path | str) -> None:
-    """Delete what interrupted saves and deletions left in `root`. Only the holder of `run_lock` may do this."""
+    """Delete what interrupted saves and deletions left in `root`. Only the holder of `run_lock` may do
+    this."""
     for leftover in Path(root).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover)
 
@@ -130,7 +136,8 @@ def _write_manifest(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
 
 
 def _replace(temporary: Path, final: Path) -> None:
-    """Give the finished checkpoint its name. A predecessor of the same name counts until the new one is in place."""
+    """Give the finished checkpoint its name. A predecessor of the same name counts until the new one is in
+    place."""
     old = final.with_name(final.name + ".old")
     if final.exists():
         if old.exists():
@@ -164,8 +171,9 @@ def _check_space(root: Path, needed: int) -> None:
 def _no_space(root: Path, needed: int) -> str:
     free = shutil.disk_usage(root).free
     return (
-        f"no space for a checkpoint in {root}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free. "
-        "Free some space, lower run.keep_last, or set run.output_dir to another disk; older checkpoints are untouched"
+        f"no space for a checkpoint in {root}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are "
+        "free. Free some space, lower run.keep_last, or set run.output_dir to another disk; older checkpoints "
+        "are untouched"
     )
 
 
@@ -174,14 +182,15 @@ def _newest_size(root: Path) -> int:
     return _folder_size(newest) if newest else 0
 
 
-# -- finding -------------------------------------------------------------------------------------------------------------
+# -- finding -------------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(root: Path | str) -> Checkpoint | None:
-    """The newest checkpoint in `root` whose files all agree with its manifest; None if there is no checkpoint.
+    """The newest checkpoint in `root` whose files all agree with its manifest; None if there is no
+    checkpoint.
 
-    Damaged ones are passed over, logged as warnings and listed in the result. Raises CheckpointError if there are
-    checkpoints and all are damaged, or if one was written in another format.
+    Damaged ones are passed over, logged as warnings and listed in the result. Raises CheckpointError if there
+    are checkpoints and all are damaged, or if one was written in another format.
     """
     damaged: list[Damaged] = []
     for path, step, _ in _candidates(Path(root)):
@@ -195,7 +204,7 @@ def find_checkpoint(root: Path | str) -> Checkpoint | None:
     if damaged:
         reasons = "".join(f"\n  {d.path}: {d.reason}" for d in damaged)
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged, and none is silently replaced by a fresh start:{reasons}\n"
+            f"every checkpoint in {root} is damaged, and a fresh start would hide it:{reasons}\n"
             "Restore one from a backup, or move the folder away to start again"
         )
     return None
@@ -244,35 +253,39 @@ def _verify_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} has the right size but other content than was written")
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------------
+# -- tensors -------------------------------------------------------------------------------------------------
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors by name as one safetensors file."""
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, str(path), {"format": "pt"})
+    save_file(
+        {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, str(path), {"format": "pt"}
+    )
 
 
 def load_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """Read what `save_tensors` wrote, on the CPU. Raises CheckpointError for any other kind of file: never unpickles."""
+    """Read what `save_tensors` wrote, on the CPU. Raises CheckpointError for any other kind of file: never
+    unpickles."""
     try:
         return load_file(str(path), device="cpu")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-# -- one run per directory -----------------------------------------------------------------------------------------------
+# -- one run per directory -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path | str) -> Iterator[None]:
-    """Hold `run_dir` for this process. Raises CheckpointError naming host, process and start of the run that has it.
+    """Hold `run_dir` for this process. Raises CheckpointError naming host, process and start of the run that
+    has it.
 
     The operating system frees the lock when the process ends, however it ends.
     """
     path = Path(run_dir).resolve() / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A record lock belongs to the process: a child that outlives a killed run does not keep it. In return this process
-    # would be granted it twice, and loses it if it ever opens and closes the file a second time.
+    # A record lock belongs to the process: a child that outlives a killed run does not keep it. In return
+    # this process would be granted it twice, and loses it if it ever opens and closes the file a second time.
     if path in _held_here:
         raise CheckpointError(_in_use(path, _held_here[path]))
     with open(path, "a+", encoding="utf-8") as file:
@@ -282,7 +295,11 @@ def run_lock(run_dir: Path | str) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise CheckpointError(_in_use(path, _read_owner(path))) from None
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
         _held_here[path] = owner
         try:
             file.truncate(0)
@@ -306,7 +323,7 @@ def _in_use(path: Path, owner: Mapping[str, Any]) -> str:
     )
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def _files(folder: Path) -> list[Path]:

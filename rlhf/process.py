@@ -1,4 +1,5 @@
-"""Where one process stands in its group. No torch here: a launcher describes processes before any has loaded it."""
+"""Where one process stands in its group. No torch here: a launcher describes processes before any has loaded
+it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process of a group. Written by the launcher, read by everything that talks to the group's other processes."""
+    """One process of a group. Written by the launcher, read by everything that talks to the group's other
+    processes."""
 
     group: str  # the group's name in the recipe's placement
     rank: int  # 0 .. world_size - 1 within the group

@@ -62,7 +62,7 @@ details summary{cursor:pointer}
 .samples .list{background:var(--card);border:1px solid var(--rule);border-radius:10px;margin-top:12px}
 .samples details+details{border-top:1px solid var(--rule)}.samples summary{padding:6px 14px}.samples summary span{color:var(--soft);margin:0 8px}
 .scroll{overflow-x:auto;border-top:1px solid var(--rule)}
-table{border-collapse:collapse;width:100%;min-width:560px}
+table{border-collapse:collapse;width:100%;min-width:500px}
 th{font-size:12px;font-weight:400;color:var(--soft);text-align:left;padding:6px 14px}
 td{vertical-align:top;padding:8px 14px;border-top:1px solid var(--rule)}
 td:nth-child(n+3),th:nth-child(n+3){width:1%}td pre{white-space:pre-wrap;overflow-wrap:anywhere;max-height:240px;overflow-y:auto}

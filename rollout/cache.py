@@ -1,8 +1,9 @@
-"""The key/value cache: a pool of reference-counted pages, the prefix cache over it, and the tensors behind it.
+"""The key/value cache: a pool of reference-counted pages, the prefix cache over it, and the tensors behind
+it.
 
-`PagePool` counts, `KVPages` holds the numbers. A page is free, referenced by one or more sequences, or idle: cached
-under its prefix's digest, referenced by nobody, and taken when free pages run out (least recently used first). Not
-here: which sequence gets a page (`rlhf.rollout.scheduler`).
+`PagePool` counts, `KVPages` holds the numbers. A page is free, referenced by one or more sequences, or idle:
+cached under its prefix's digest, referenced by nobody, and taken when free pages run out (least recently used
+first). Not here: which sequence gets a page (`rlhf.rollout.scheduler`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class PagePool:
         return len(self._page_of)
 
     def take(self, count: int) -> list[int]:
-        """Hand out `count` pages with one reference each; idle ones, oldest first, when no free one is left."""
+        """Hand out `count` pages with one reference each; idle ones, oldest first, once none is free."""
         assert count <= self.num_available, f"{count} pages wanted, {self.num_available} available"
         for _ in range(count - len(self._free)):
             page, _ = self._idle.popitem(last=False)
@@ -127,7 +128,9 @@ class KVPages:
     Zero at first: a position that is masked out contributes 0 * value, which must not be NaN.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], page_tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], page_tokens: int, dtype: torch.dtype, device: torch.device
+    ):
         self.shapes = tuple(shapes)  # (kv heads, head size) per layer
         self.page_tokens = page_tokens
         self.dtype, self.device = dtype, device

@@ -1,8 +1,8 @@
 """The engine: schedule, run, sample, commit, until every sample is finished.
 
-It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in, tokens out,
-ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed, and on nothing else.
-Not here: text, rewards, other processes.
+It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in,
+tokens out, ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed,
+and on nothing else. Not here: text, rewards, other processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig, *, version: int = 0):
         if config.page_tokens % KEY_STEP:
-            raise ValueError(f"page_tokens={config.page_tokens} is not a multiple of {KEY_STEP}; use 16, 32, 64, ...")
+            raise ValueError(
+                f"page_tokens={config.page_tokens} is not a multiple of {KEY_STEP}; use 16, 32, 64, ..."
+            )
         self.model, self.config = model, config
         self.version = version  # optimiser steps in the weights
         self.stats: dict[str, float] = {}  # of the last call, by metric name
@@ -48,8 +50,9 @@ class Engine:
     ) -> list[list[Completion]]:
         """Completions as [request][sample], in the order given.
 
-        `on_progress(finished, total)` is called whenever samples finish. Raises ValueError, before any work, for
-        duplicate ids, a prompt that fills the context or holds unknown token ids, and a cache too small for a request.
+        `on_progress(finished, total)` is called whenever samples finish. Raises ValueError, before any work,
+        for duplicate ids, a prompt that fills the context or holds unknown token ids, and a cache too small
+        for a request.
         """
         self._check(requests)
         started = time.perf_counter()
@@ -73,9 +76,13 @@ class Engine:
         return completions
 
     def set_version(self, version: int) -> None:
-        """The weights are now those after `version` optimiser steps: cached prefixes and packed weights are stale."""
+        """The weights are now those after `version` optimiser steps: cached prefixes and packed weights are
+        stale.
+        """
         if self._generating:
-            raise RuntimeError(f"set_version({version}) during generate; weights may change only between calls")
+            raise RuntimeError(
+                f"set_version({version}) during generate; weights may change only between calls"
+            )
         self.version = version
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
         weights_changed(self.model)
@@ -85,7 +92,7 @@ class Engine:
         self._drop_cache()
 
     def wake(self) -> None:
-        """Take the cache's memory again where its size is fixed; otherwise the next call takes what it needs."""
+        """Take the cache's memory again where its size is fixed; else the next call takes what it needs."""
         if self.config.cache_tokens is not None:
             self._grow(self.config.cache_tokens // self.config.page_tokens)
 
@@ -102,7 +109,8 @@ class Engine:
             step = scheduler.schedule()
             logits = self._runner.run(step, samples)
             self._draw(step, samples, logits)
-            self._pages.copy(*scheduler.commit(step))
+            copies = scheduler.commit(step)
+            self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
             num_steps += 1
             now_finished = int((samples.finished != RUNNING).sum())
             if before_half and (2 * now_finished >= len(samples) or samples.count.sum() >= halfway):
@@ -124,7 +132,8 @@ class Engine:
         keys, counts = torch.from_numpy(samples.key[rows]), torch.from_numpy(samples.count[rows])
         parameters = draw_parameters(samples, rows, device)
         drawn = sample(logits, uniform(keys.to(device), counts.to(device)), **parameters)
-        samples.record(rows, *(t.cpu().numpy() for t in (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)))
+        columns = (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)
+        samples.record(rows, *(column.cpu().numpy() for column in columns))
 
     # before and after
 
@@ -137,8 +146,8 @@ class Engine:
             seen.add(name)
             if len(prompt) + 1 > self._context:
                 raise ValueError(
-                    f"request {name!r}: a prompt of {len(prompt)} tokens leaves no room for a response in the model's "
-                    f"context of {self._context}; shorten it to {self._context - 1} or filter it out"
+                    f"request {name!r}: a prompt of {len(prompt)} tokens leaves no room for a response in the "
+                    f"model's context of {self._context}; shorten it to {self._context - 1} or filter it out"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self._vocab:
                 bad = next(t for t in prompt if not 0 <= t < self._vocab)
@@ -150,7 +159,8 @@ class Engine:
     def _reserve(self, samples: Samples) -> None:
         """Make the cache large enough for this call, and refuse a sample that could never fit."""
         page_tokens = self.config.page_tokens
-        own = -(-(samples.prompt_tokens + samples.limit - 1) // page_tokens)  # the last token is never written
+        written = samples.prompt_tokens + samples.limit - 1  # the last token never gets keys and values
+        own = -(-written // page_tokens)
         largest = int(own.max(initial=0))
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens

@@ -1,4 +1,5 @@
-"""What goes into the engine and what comes out: SamplingParams, Request, Completion, and the engine's own settings.
+"""What goes into the engine and what comes out: SamplingParams, Request, Completion, and the engine's own
+settings.
 
 Tokens in, tokens out. Not here: text, rewards, and the run's records (`rlhf.records`).
 """
@@ -25,7 +26,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens <= 0:
-            raise ValueError(f"max_tokens={self.max_tokens} leaves no room for a response; use max_tokens >= 1")
+            raise ValueError(
+                f"max_tokens={self.max_tokens} leaves no room for a response; use max_tokens >= 1"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} is not a finite number >= 0; use 0 for greedy")
         if self.top_k < 0:
@@ -43,11 +46,13 @@ class Request:
     id: str  # unique among the requests of one call
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    seeds: tuple[int, ...]  # a 63-bit key per sample (`rlhf.rng.key`): token t of a sample is drawn from (key, t)
+    seeds: tuple[int, ...]  # a 63-bit key per sample (`rlhf.rng.key`), which decides its draws
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(f"request {self.id!r} has an empty prompt; give it at least one token, such as BOS")
+            raise ValueError(
+                f"request {self.id!r} has an empty prompt; give it at least one token, such as BOS"
+            )
         if not self.seeds:
             raise ValueError(f"request {self.id!r} has no seeds; give one per sample")
         bad = [s for s in self.seeds if not 0 <= s < 1 << 63]
@@ -63,7 +68,7 @@ class Completion:
     index: int  # which of the request's samples
     token_ids: tuple[int, ...]  # the stop token included
     logprobs: tuple[float, ...]  # nats, fp32: the policy's own at the sampling temperature (T = 1 for greedy)
-    processed_logprobs: tuple[float, ...]  # nats, fp32: under the distribution drawn from (top-k, top-p, bans)
+    processed_logprobs: tuple[float, ...]  # nats, fp32: under the distribution drawn from
     policy_versions: tuple[int, ...]  # optimiser steps in the weights that wrote each token
     finish_reason: FinishReason
 
@@ -76,7 +81,7 @@ class EngineConfig:
     max_batch_tokens: int  # tokens in one forward pass, prefill and decode together
     max_sequences: int  # sequences decoded at the same time
     prefix_cache: bool  # keep the pages of finished prompts and use them again under the same weights
-    cache_tokens: int | None = None  # size of the key/value cache; None = what one call needs, within free memory
+    cache_tokens: int | None = None  # size of the cache; None = what a call needs, within free memory
 
     def __post_init__(self) -> None:
         for name in ("page_tokens", "max_batch_tokens", "max_sequences"):

@@ -1,7 +1,7 @@
 """One forward pass of the live model over the tokens of a step, with keys and values in pages.
 
-Here: turning a `Step` into packed tensors and calling the model. Not here: attention itself (`rlhf.models.attention`)
-and the choice of tokens (`rlhf.kernels.sampling`).
+Here: turning a `Step` into packed tensors and calling the model. Not here: attention itself
+(`rlhf.models.attention`) and the choice of tokens (`rlhf.kernels.sampling`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Runner:
         packed = _pack(step, samples, self.pages.page_tokens)
         device = self.model.device
         token_ids, positions, slots, keep = (
-            torch.from_numpy(x).to(device) for x in (packed.token_ids, packed.positions, packed.slots, packed.keep)
+            torch.from_numpy(x).to(device)
+            for x in (packed.token_ids, packed.positions, packed.slots, packed.keep)
         )
         context = PagedContext(
             k_pages=self.pages.k,

@@ -1,7 +1,8 @@
-"""The state of every sample of one call, as arrays: row s is sample s, requests in order, their samples in order.
+"""The state of every sample of one call, as arrays: row s is sample s, requests in order, their samples in
+order.
 
-Here: what each sample is at and what it has written. The hot loop touches these with a handful of array operations per
-step, never one Python object per sequence. Not here: who runs when (`rlhf.rollout.scheduler`).
+Here: what each sample is at and what it has written. The hot loop touches these with a handful of array
+operations per step, never one Python object per sequence. Not here: who runs when (`rlhf.rollout.scheduler`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Samples:
         self.next_token = np.zeros(len(self), np.int64)  # the newest token, not yet in the cache
         self.finished = np.zeros(len(self), np.int8)
         longest = max((len(self.prompts[r]) + n for r, n in enumerate(limits)), default=0)
-        self.table = np.zeros((len(self), -(-longest // page_tokens)), np.int64)  # pages, in order of position
+        width = -(-longest // page_tokens)
+        self.table = np.zeros((len(self), width), np.int64)  # pages, in order of position
         self.num_pages = np.zeros(len(self), np.int64)
         self.prompt_tokens = np.asarray([len(t) for t in self.prompts], np.int64)[self.request]
         self.num_nan = 0  # tokens drawn from non-finite logits
@@ -58,7 +60,9 @@ class Samples:
         """Where each sample's `next_token` stands in its sequence."""
         return self.prompt_tokens[samples] + self.count[samples] - 1
 
-    def record(self, samples: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, processed: np.ndarray) -> None:
+    def record(
+        self, samples: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, processed: np.ndarray
+    ) -> None:
         """Append one token to each of the given samples, and mark those that end with it."""
         self._log.append((samples, tokens, logprobs, processed))
         self.num_nan += int(np.isnan(logprobs).sum())
@@ -97,7 +101,7 @@ class Samples:
 
     def _merged(self) -> tuple[np.ndarray, ...]:
         if len(self._log) != 1:
-            empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+            empty = tuple(np.zeros(0, t) for t in (np.int64, np.int64, np.float32, np.float32))
             self._log = [tuple(np.concatenate(c) for c in zip(empty, *self._log, strict=True))]
         return self._log[0]
 
@@ -113,7 +117,9 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
 def draw_parameters(
     samples: Samples, rows: np.ndarray, device: torch.device
 ) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None]:
-    """What `rlhf.kernels.sampling.sample` needs for the next token of the given samples; None = no row uses it."""
+    """What `rlhf.kernels.sampling.sample` needs for the next token of the given samples; None = no row uses
+    it.
+    """
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

@@ -1,9 +1,11 @@
-"""Who runs in the next forward pass: admission, chunked prefill, page growth, group fork, preemption by recompute.
+"""Who runs in the next forward pass: admission, chunked prefill, page growth, group fork, preemption by
+recompute.
 
-A `Prefill` is work over tokens that are all known: a prompt shared by the samples of one request, or the whole text of
-one sample that was preempted. When its last token is through, its samples draw their next token from the same logits
-and become decoding ones: full pages are shared, the last partial page is copied. Nothing here decides any result:
-a sample's tokens do not depend on when it runs. Not here: tensors (`rlhf.rollout.runner`).
+A `Prefill` is work over tokens that are all known: a prompt shared by the samples of one request, or the
+whole text of one sample that was preempted. When its last token is through, its samples draw their next token
+from the same logits and become decoding ones: full pages are shared, the last partial page is copied. Nothing
+here decides any result: a sample's tokens do not depend on when it runs. Not here: tensors
+(`rlhf.rollout.runner`).
 """
 
 from __future__ import annotations
@@ -60,10 +62,21 @@ class Step:
 
     @property
     def logit_rows(self) -> np.ndarray:
-        """Which of the pass's logits each of `drawing` uses: one row per decoding sample, one per completed prefill."""
+        """Which of the pass's logits each of `drawing` uses: one row per decoding sample, one per completed
+        prefill.
+        """
         first = len(self.decoding)
         shared = [np.full(len(p.samples), first + i) for i, p in enumerate(self.completed)]
         return np.concatenate([np.arange(first), *shared])
+
+
+@dataclass
+class Copies:
+    """Pages to copy: the first num_tokens positions of each source to its target."""
+
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    num_tokens: int = 0
 
 
 class Scheduler:
@@ -74,7 +87,8 @@ class Scheduler:
         self.num_preempted = 0
         self.hit_tokens = self.prefill_tokens = 0
         self._waiting = deque(
-            self._prefill(np.flatnonzero(samples.request == r), prompt) for r, prompt in enumerate(samples.prompts)
+            self._prefill(np.flatnonzero(samples.request == r), prompt)
+            for r, prompt in enumerate(samples.prompts)
         )
         self._prefilling: list[Prefill] = []
         self._decoding = np.zeros(0, np.int64)  # oldest first
@@ -98,10 +112,10 @@ class Scheduler:
         assert chunks or len(self._decoding), "nothing to run although work is left"
         return Step(self._decoding, chunks)
 
-    def commit(self, step: Step) -> tuple[list[int], list[int], int]:
+    def commit(self, step: Step) -> Copies:
         """Take note that the pass ran and `samples` recorded its tokens: forks, finished samples.
 
-        Returns the page copies that must happen before the next pass: (sources, targets, positions of each to copy).
+        Returns the page copies that must happen before the next pass.
         """
         finished = self.samples.finished
         for sample in step.decoding[finished[step.decoding] != RUNNING]:
@@ -109,18 +123,20 @@ class Scheduler:
         self._decoding = step.decoding[finished[step.decoding] == RUNNING]
         for chunk in step.chunks:
             chunk.prefill.done = chunk.end
-        copies: tuple[list[int], list[int], int] = ([], [], 0)
+        copies = Copies()
         completed = step.completed
         if completed:
             self._prefilling = [p for p in self._prefilling if p.done < len(p.token_ids)]
             for prefill in completed:
-                copies = self._fork(prefill, copies)
+                self._fork(prefill, copies)
         return copies
 
     # pages
 
     def _grow(self) -> None:
-        """A page for every decoding sample whose next token starts one; the youngest work gives way if there is none."""
+        """A page for every decoding sample whose next token starts one; if none is left, the youngest work
+        gives way.
+        """
         samples, page_tokens = self.samples, self.config.page_tokens
         while True:
             rows = self._decoding
@@ -135,8 +151,8 @@ class Scheduler:
     def _admit(self, budget: int) -> None:
         """Move waiting prefills into work, in order, while there are tokens, sequences and pages for them.
 
-        A group waits until all its samples fit, so that its prompt is prefilled once; alone, it is split. What this
-        pass has no tokens for waits too, and may find its prefix in the cache by then.
+        A group waits until all its samples fit, so that its prompt is prefilled once; alone, it is split.
+        What this pass has no tokens for waits too, and may find its prefix in the cache by then.
         """
         limit = min(self.config.max_sequences, self.config.max_batch_tokens)
         running = len(self._decoding) + sum(len(p.samples) for p in self._prefilling)
@@ -145,8 +161,9 @@ class Scheduler:
             prefill = self._waiting[0]
             hits = self._find(prefill)
             need = -(-len(prefill.token_ids) // self.config.page_tokens) - len(hits)
-            partial = len(prefill.token_ids) % self.config.page_tokens > 0  # one sample goes on in the last page
-            spare = self.pool.num_available - need - self._promised() + partial
+            # a page for each sample's own tokens, but one sample goes on in the last, partial page
+            inherits = len(prefill.token_ids) % self.config.page_tokens > 0
+            spare = self.pool.num_available - need - self._promised() + inherits
             fitting = min(len(prefill.samples), limit - running, spare)
             if not running:
                 fitting = max(fitting, 1)
@@ -155,7 +172,8 @@ class Scheduler:
                 break
             self._waiting.popleft()
             if fitting < len(prefill.samples):
-                self._waiting.appendleft(Prefill(prefill.samples[fitting:], prefill.token_ids, prefill.digests))
+                rest = prefill.samples[fitting:]
+                self._waiting.appendleft(Prefill(rest, prefill.token_ids, prefill.digests))
                 prefill.samples = prefill.samples[:fitting]
             prefill.pages = hits + self.pool.take(need)
             prefill.done = len(hits) * self.config.page_tokens
@@ -166,15 +184,15 @@ class Scheduler:
             running += len(prefill.samples)
 
     def _promised(self) -> int:
-        """Pages that the work admitted so far will want next: one for each sample that may still outgrow its own."""
+        """Pages that admitted work will want next: one for each sample that may still outgrow its own."""
         samples, rows, page_tokens = self.samples, self._decoding, self.config.page_tokens
         most = samples.prompt_tokens[rows] + samples.limit[rows] - 1
         growing = int((samples.num_pages[rows] * page_tokens < most).sum())
         partial = sum(len(p.token_ids) % page_tokens > 0 for p in self._prefilling)
         return growing + sum(len(p.samples) for p in self._prefilling) - partial
 
-    def _fork(self, prefill: Prefill, copies: tuple[list[int], list[int], int]) -> tuple[list[int], list[int], int]:
-        """Hand a finished prefill's pages to its samples that go on: full pages shared, the partial one copied."""
+    def _fork(self, prefill: Prefill, copies: Copies) -> None:
+        """Hand a prefill's pages to its samples that go on: full pages shared, the partial one copied."""
         samples, pool = self.samples, self.pool
         full, partial = divmod(len(prefill.token_ids), self.config.page_tokens)
         pages = prefill.pages
@@ -183,7 +201,7 @@ class Scheduler:
         heirs = prefill.samples[samples.finished[prefill.samples] == RUNNING]
         if not len(heirs):
             pool.release(pages)
-            return copies
+            return
         if partial:  # the first heir keeps the partial page, the others need one each
             later = heirs[1 + pool.num_available :]
             heirs = heirs[: 1 + pool.num_available]
@@ -192,17 +210,16 @@ class Scheduler:
         pool.share(pages[:full], len(heirs) - 1)
         samples.table[heirs, : len(pages)] = pages
         samples.num_pages[heirs] = len(pages)
-        sources, targets, width = copies
         if partial and len(heirs) > 1:
             own = pool.take(len(heirs) - 1)
             samples.table[heirs[1:], full] = own
-            sources.extend([pages[full]] * len(own))
-            targets.extend(own)
-            width = max(width, partial)
+            copies.sources.extend([pages[full]] * len(own))
+            copies.targets.extend(own)
+            copies.num_tokens = max(copies.num_tokens, partial)
         self._decoding = np.concatenate([self._decoding, heirs])
         for sample in later[::-1]:
+            self.num_preempted += 1
             self._requeue(sample)
-        return sources, targets, width
 
     def _release(self, sample: int) -> None:
         self.pool.release(self.samples.table[sample, : self.samples.num_pages[sample]].tolist())
@@ -221,7 +238,7 @@ class Scheduler:
         return self.pool.find(prefill.digests[: (len(prefill.token_ids) - 1) // self.config.page_tokens])
 
     def _preempt_youngest(self) -> None:
-        """Give back the pages of the work admitted last; it is computed again later, with the same results."""
+        """Give back the pages of the work admitted last; it is computed again later, to the same end."""
         self.num_preempted += 1
         if self._prefilling:
             prefill = self._prefilling.pop()

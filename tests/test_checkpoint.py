@@ -37,7 +37,9 @@ def write_files(folder: Path) -> None:
 
 
 def save(root: Path, step: int, keep_last: int = 2, **options: object) -> Path:
-    return save_checkpoint(root, step=step, write=write_files, meta={"step": step}, keep_last=keep_last, **options)
+    return save_checkpoint(
+        root, step=step, write=write_files, meta={"step": step}, keep_last=keep_last, **options
+    )
 
 
 def names(root: Path) -> list[str]:
@@ -67,7 +69,8 @@ def test_nothing_there_is_a_fresh_start(tmp_path: Path) -> None:
 
 
 def test_every_flipped_or_cut_byte_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch: a manifest that is trusted unread, a file compared by size only, damage passed over in silence."""
+    """Would catch: a manifest that is trusted unread, a file compared by size only, damage passed over in
+    silence."""
     caplog.set_level(logging.CRITICAL)
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -77,7 +80,9 @@ def test_every_flipped_or_cut_byte_is_found(tmp_path: Path, caplog: pytest.LogCa
         for place in places[:: max(1, len(places) // 40)]:
             path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
             found = find_checkpoint(tmp_path)
-            assert (found.step, len(found.damaged)) == (1, 1), f"{path.name}: flipped byte {place} went unseen"
+            assert (found.step, len(found.damaged)) == (1, 1), (
+                f"{path.name}: flipped byte {place} went unseen"
+            )
         path.write_bytes(content[:-1])
         assert find_checkpoint(tmp_path).step == 1, f"{path.name}: cut byte went unseen"
         path.unlink()
@@ -90,7 +95,10 @@ def test_damage_is_said_aloud_with_its_reason(tmp_path: Path, caplog: pytest.Log
     save(tmp_path, 1)
     (save(tmp_path, 2) / "a.safetensors").unlink()
     found = find_checkpoint(tmp_path)
-    assert found.damaged[0].path.name == "step-00000002" and "a.safetensors is missing" in found.damaged[0].reason
+    assert (
+        found.damaged[0].path.name == "step-00000002"
+        and "a.safetensors is missing" in found.damaged[0].reason
+    )
     assert "step-00000002 is damaged" in caplog.text
 
 
@@ -98,7 +106,9 @@ def test_all_damaged_is_an_error_that_lists_why(tmp_path: Path) -> None:
     """Would catch: a fresh start over a run whose checkpoints cannot be read."""
     (save(tmp_path, 1) / MANIFEST).unlink()
     (save(tmp_path, 2) / "a.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"(?s)step-00000002: a.safetensors has 1 bytes.*step-00000001: .*missing"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)step-00000002: a.safetensors has 1 bytes.*step-00000001: .*missing"
+    ):
         find_checkpoint(tmp_path)
 
 
@@ -114,7 +124,9 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, monkeypatch: pytest.Mon
         find_checkpoint(tmp_path)
 
 
-def test_another_format_is_refused_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_format_is_refused_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr("rlhf.checkpoint.FORMAT", 2)
     save(tmp_path, 2)
@@ -133,27 +145,33 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newer_one_never_pushes_out_a_good_one(tmp_path: Path) -> None:
-    """Would catch: keep_last=1 keeping step 9, which is damaged, and deleting step 5, which was just written."""
+    """Would catch: keep_last=1 keeping step 9, which is damaged, and deleting step 5, which was just
+    written."""
     (save(tmp_path, 9, keep_last=1) / MANIFEST).unlink()
     save(tmp_path, 5, keep_last=1)
     assert find_checkpoint(tmp_path).step == 5
 
 
 @pytest.mark.parametrize(
-    "point", ["checkpoint.write", "checkpoint.before_rename", "checkpoint.after_rename", "checkpoint.delete_old"]
+    "point",
+    ["checkpoint.write", "checkpoint.before_rename", "checkpoint.after_rename", "checkpoint.delete_old"],
 )
 def test_killed_at_any_point_of_a_save_one_valid_is_left(tmp_path: Path, point: str) -> None:
-    """Would catch: deleting the old before the new has its name, and a half-deleted one that looks damaged."""
+    """Would catch: deleting the old before the new has its name, and a half-deleted one that looks
+    damaged."""
     code = (
         "import sys; from pathlib import Path; from rlhf.checkpoint import save_checkpoint\n"
         "for n in (1, 2):\n"
         "    from rlhf.faults import at_step; at_step(n)\n"
-        "    save_checkpoint(sys.argv[1], step=n, write=lambda d: (d / 'f').write_text(str(n)), meta={}, keep_last=1)"
+        "    save_checkpoint(sys.argv[1], step=n, meta={}, keep_last=1,\n"
+        "                    write=lambda d: (d / 'f').write_text(str(n)))"
     )
     result = run_python(code, tmp_path, faults=f"{point}@2=kill9")
     assert result.returncode == -signal.SIGKILL, result.stderr
     found = find_checkpoint(tmp_path)
-    assert found.damaged == () and found.step == (1 if point in ("checkpoint.write", "checkpoint.before_rename") else 2)
+    assert found.damaged == () and found.step == (
+        1 if point in ("checkpoint.write", "checkpoint.before_rename") else 2
+    )
     assert (found.path / "f").read_text() == str(found.step)
     save(tmp_path, 3, keep_last=1)
     assert names(tmp_path) == ["step-00000003"]
@@ -167,7 +185,9 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path: Path) -> None
     assert names(tmp_path) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("worker died")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("worker died")]
+)
 def test_a_failing_save_leaves_everything_as_it_was(tmp_path: Path, error: Exception) -> None:
     save(tmp_path, 1)
 
@@ -182,8 +202,11 @@ def test_a_failing_save_leaves_everything_as_it_was(tmp_path: Path, error: Excep
         assert "GB" in str(raised.value) and "are free" in str(raised.value)
 
 
-def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch: a check that runs after the disk is full. The estimate is the size of the last checkpoint."""
+def test_a_full_disk_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a check that runs after the disk is full. The estimate is the size of the last
+    checkpoint."""
     with pytest.raises(CheckpointError, match=r"it needs \d{6,}\.\d+ GB and .* GB are free"):
         save(tmp_path, 1, needed_bytes=10**18)
     save(tmp_path, 1)
@@ -243,7 +266,7 @@ def test_second_run_in_a_directory_is_refused_by_name(tmp_path: Path) -> None:
         other = run_python(code, tmp_path)
         assert other.returncode == 1 and f"process {os.getpid()}, started 20" in other.stderr
     assert run_python(code, tmp_path).returncode == 0
-    killed = "import os, sys; from rlhf.checkpoint import run_lock\nwith run_lock(sys.argv[1]): os.kill(os.getpid(), 9)"
+    killed = code.replace("pass", "import os; os.kill(os.getpid(), 9)")
     assert run_python(killed, tmp_path).returncode == -signal.SIGKILL
     with run_lock(tmp_path):
         pass

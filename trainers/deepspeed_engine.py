@@ -1,11 +1,14 @@
-"""A model under DeepSpeed: one optimiser step at a time, the full weights, and the whole state as plain tensors.
+"""A model under DeepSpeed: one optimiser step at a time, the full weights, and the whole state as plain
+tensors.
 
-Here: the process group, DeepSpeed's configuration, the step, the learning rate, and reading and writing the state.
-Not here: losses (a function that is passed in), batches, checkpoints' files (`rlhf.checkpoint`), and who calls.
+Here: the process group, DeepSpeed's configuration, the step, the learning rate, and reading and writing the
+state. Not here: losses (a function that is passed in), batches, checkpoints' files (`rlhf.checkpoint`), and
+who calls.
 
-What DeepSpeed is not given to decide: the learning rate is a function of the update's number, losses arrive already
-divided by the step's global count, and the state leaves as full fp32 tensors by parameter name, whatever the ZeRO stage
-and the number of processes. A step whose loss or gradient is not finite on any process moves nothing on any of them.
+What DeepSpeed is not given to decide: the learning rate is a function of the update's number, losses arrive
+already divided by the step's global count, and the state leaves as full fp32 tensors by parameter name,
+whatever the ZeRO stage and the number of processes. A step whose loss or gradient is not finite on any
+process moves nothing on any of them.
 """
 
 from __future__ import annotations
@@ -52,14 +55,14 @@ class UpdateStats:
     sums: Sums  # 0-dim float64 on the CPU: the loss function's numbers over the whole step
 
 
-# -- processes -----------------------------------------------------------------------------------------------------------
+# -- processes -----------------------------------------------------------------------------------------------
 
 
 def init_process(info: ProcessInfo, *, threads: int, timeout_s: float) -> None:
     """Join this process to its group: CPU threads, device, torch.distributed and DeepSpeed.
 
-    Once per process; a later call with the same rank and size changes the threads only. Raises ValueError for another
-    place in another group: a process belongs to one for its whole life.
+    Once per process; a later call with the same rank and size changes the threads only. Raises ValueError for
+    another place in another group: a process belongs to one for its whole life.
     """
     torch.set_num_threads(threads)
     if dist.is_initialized():
@@ -80,8 +83,8 @@ def init_process(info: ProcessInfo, *, threads: int, timeout_s: float) -> None:
     )
     if info.device == "cuda":
         torch.cuda.set_device(info.local_rank)
-    else:
-        os.environ["LOCAL_SIZE"] = str(info.world_size)  # else ZeRO-3 forks a numactl to count CPUs in every step
+    else:  # without this, ZeRO-3 forks a numactl in every step to count CPUs
+        os.environ["LOCAL_SIZE"] = str(info.world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if info.device == "cuda" else "gloo"
     place = dict(rank=info.rank, world_size=info.world_size, timeout=timeout)
@@ -98,8 +101,8 @@ def _start_deepspeed(backend: str) -> None:
     import deepspeed
     import deepspeed.ops
 
-    # What it may compile. Asked for, it would run compilers for seconds to find out, and then build a communication
-    # operator for a minute; nothing here needs any of it.
+    # What it may compile. Asked for, it would run compilers for seconds to find out, and then build a
+    # communication operator for a minute; nothing here needs any of it.
     deepspeed.ops.__compatible_ops__ = {}
     if not _debugging():
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -114,14 +117,14 @@ def _debugging() -> bool:
     return bool(os.environ.get("RLHF_DEBUG"))
 
 
-# -- learning rate -------------------------------------------------------------------------------------------------------
+# -- learning rate -------------------------------------------------------------------------------------------
 
 
 def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
     """Learning rate of update number `update` = 0 .. total_updates - 1.
 
-    Rises linearly over `warmup_steps` updates and reaches the peak with the last of them (with none: at update 0); from
-    there linear and cosine reach min_lr_ratio times the peak with the last update.
+    Rises linearly over `warmup_steps` updates and reaches the peak with the last of them (with none: at
+    update 0); from there linear and cosine reach min_lr_ratio times the peak with the last update.
     """
     if update < config.warmup_steps:
         return config.lr * (update + 1) / config.warmup_steps
@@ -133,20 +136,22 @@ def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
-# -- configuration -------------------------------------------------------------------------------------------------------
+# -- configuration -------------------------------------------------------------------------------------------
 
 
 def effective_zero_stage(stage: int, dtype: str) -> int:
     """The ZeRO stage that DeepSpeed is run with.
 
-    Stage 0 in bfloat16 becomes 1. DeepSpeed's optimiser for that combination is a relic of fp16 training: it sums
-    micro-batches in bfloat16 and lets a non-finite gradient through. Stage 1 keeps whole weights and gradients on every
-    process and splits only the fp32 masters and moments; with one process nothing is split at all.
+    Stage 0 in bfloat16 becomes 1. For that combination DeepSpeed has only its optimiser of fp16 days, which
+    must add micro-batches up in bfloat16. Stage 1 adds in fp32; it, too, keeps whole weights and gradients on
+    every process and splits only the fp32 masters and moments, which with one process is no split at all.
     """
     return 1 if stage == 0 and dtype == "bfloat16" else stage
 
 
-def deepspeed_config(config: TrainerConfig, *, dtype: str, info: ProcessInfo, num_trained: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: TrainerConfig, *, dtype: str, info: ProcessInfo, num_trained: int
+) -> dict[str, Any]:
     """DeepSpeed's JSON for this trainer. `num_trained` parameters bound the sizes of its buffers."""
     stage = effective_zero_stage(config.zero_stage, dtype)
     on_gpu = info.device == "cuda"
@@ -154,7 +159,7 @@ def deepspeed_config(config: TrainerConfig, *, dtype: str, info: ProcessInfo, nu
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": on_gpu and info.world_size > 1,
-        "contiguous_gradients": on_gpu,  # copies every gradient into one buffer: against fragmentation on GPUs only
+        "contiguous_gradients": on_gpu,  # copies every gradient, against a GPU's fragmentation
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
@@ -162,8 +167,8 @@ def deepspeed_config(config: TrainerConfig, *, dtype: str, info: ProcessInfo, nu
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        # The real number differs from step to step: boundaries are set by hand and losses are never divided by it.
-        # It only has to say "several" where DeepSpeed asks whether it must accumulate.
+        # The real number differs from step to step: boundaries are set by hand and losses are never divided
+        # by it. It only has to say "several" where DeepSpeed asks whether it must accumulate.
         "gradient_accumulation_steps": 2,
         "gradient_clipping": config.max_grad_norm if stage else 0.0,  # stage 0: `_step_whole`
         "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
@@ -179,7 +184,7 @@ def deepspeed_config(config: TrainerConfig, *, dtype: str, info: ProcessInfo, nu
 
 
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW over the given parameters; weight decay leaves out vectors, which is what biases and norms are."""
+    """AdamW over the given parameters. Weight decay leaves out vectors: biases and norms."""
     groups = [{"params": list(parameters.values()), "weight_decay": 0.0}]
     if config.weight_decay > 0:
         matrices = [p for p in parameters.values() if p.dim() >= 2]
@@ -192,33 +197,44 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: Trainer
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-# -- the engine ----------------------------------------------------------------------------------------------------------
+# -- the engine ----------------------------------------------------------------------------------------------
 
 
 class TrainingEngine:
     """A model, its optimiser and their state, under DeepSpeed ZeRO 0 to 3 over the processes of one group.
 
-    `model` is an ordinary Hugging Face model (peft's wrapper included) whose weights are all here and the same on every
-    process; it is changed in place and belongs to the engine until `destroy`. Parameters that need no gradient stay out
-    of the optimiser and its state. `dtype` is that of forward and backward; masters and moments are fp32.
+    `model` is an ordinary Hugging Face model (peft's wrapper included) whose weights are all here and the
+    same on every process; it is changed in place and belongs to the engine until `destroy`. Parameters that
+    need no gradient stay out of the optimiser and its state. `dtype` is that of forward and backward; masters
+    and moments are fp32.
 
     Every method except the properties is collective: all processes of the group call it, in the same order.
     """
 
     def __init__(
-        self, model: torch.nn.Module, config: TrainerConfig, *, dtype: str, total_updates: int, info: ProcessInfo
+        self,
+        model: torch.nn.Module,
+        config: TrainerConfig,
+        *,
+        dtype: str,
+        total_updates: int,
+        info: ProcessInfo,
     ) -> None:
-        self._config, self._dtype, self._total, self._info = config, dtype, total_updates, info
+        self._config, self._total, self._info = config, total_updates, info
         self._stage = effective_zero_stage(config.zero_stage, dtype)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trained:
-            raise ValueError("no parameter of the model needs a gradient; train some weights or add model.lora")
+            raise ValueError(
+                "no parameter of the model needs a gradient; train some weights or add model.lora"
+            )
         if config.offload_optimizer and self._stage == 0:
             raise ValueError("trainer.offload_optimizer needs trainer.zero_stage >= 1: ZeRO is what offloads")
         self._adam = make_optimizer(self._trained, config)
         self._groups = [list(group["params"]) for group in self._adam.param_groups]
         num_trained = sum(p.numel() for p in self._trained.values())
-        self._engine = self._initialize(model, deepspeed_config(config, dtype=dtype, info=info, num_trained=num_trained))
+        self._engine = self._initialize(
+            model, deepspeed_config(config, dtype=dtype, info=info, num_trained=num_trained)
+        )
         self._create_moments()
         self.version = 0  # optimiser steps applied
         self.updates = 0  # optimiser steps tried: the learning rate's position
@@ -227,8 +243,8 @@ class TrainingEngine:
     def _initialize(self, model: torch.nn.Module, config: dict[str, Any]) -> Any:
         import deepspeed
 
-        # Some of its optimisers collect garbage and print the machine's memory a dozen times while they start: let the
-        # collections skip what is here already, and the rest go nowhere.
+        # Some of its optimisers collect garbage and print the machine's memory a dozen times while they
+        # start: let the collections skip what is here already, and the rest go nowhere.
         quiet = contextlib.nullcontext() if _debugging() else contextlib.redirect_stdout(io.StringIO())
         gc.freeze()
         try:
@@ -240,7 +256,7 @@ class TrainingEngine:
             gc.unfreeze()
         return engine
 
-    # -- what it holds ---------------------------------------------------------------------------------------------
+    # -- what it holds ---------------------------------------------------------------------------------------
 
     @property
     def module(self) -> torch.nn.Module:
@@ -257,17 +273,18 @@ class TrainingEngine:
         """True if every process holds all weights all the time: not under ZeRO-3."""
         return self._stage < 3
 
-    # -- one step --------------------------------------------------------------------------------------------------
+    # -- one step --------------------------------------------------------------------------------------------
 
     def update(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> UpdateStats:
         """One optimiser step over this process's micro-batches, as many as every other process has.
 
-        `loss_fn(model, micro)` returns a scalar already divided by the step's global count, so that all micro-batches of
-        all processes add up to the loss, and numbers by name which add up too; names ending in _min or _max are reduced
-        to the extreme instead. A micro-batch without rows takes part with a stand-in row that counts for nothing.
+        `loss_fn(model, micro)` returns a scalar already divided by the step's global count, so that all
+        micro-batches of all processes add up to the loss, and numbers by name which add up too; names ending
+        in _min or _max are reduced to the extreme instead. A micro-batch without rows takes part with a
+        stand-in row that counts for nothing.
 
-        A loss or gradient that is not finite on any process skips the step on all: no weight, moment or version moves,
-        but the learning rate's position does. Raises ValueError without micro-batches.
+        A loss or gradient that is not finite on any process skips the step on all: no weight, moment or
+        version moves, but the learning rate's position does. Raises ValueError without micro-batches.
         """
         if not micro_batches:
             raise ValueError("update() got no micro-batch; give a process without rows an empty Batch")
@@ -292,26 +309,27 @@ class TrainingEngine:
             self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             fault_point("train.forward")
             loss, sums = _share(self.model, micro, loss_fn)
-            # DeepSpeed averages over processes. A loss that is not finite must not leave a finite gradient behind.
+            # DeepSpeed averages over processes; and a bad loss must not leave a finite gradient behind.
             scale = torch.where(torch.isfinite(loss.detach()), float(self._info.world_size), math.nan)
             fault_point("train.backward")
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
-            _collect(collected, sums)
+            _collect(collected, {name: value.detach().to(total) for name, value in sums.items()})
         return total, collected
 
     def _step_zero(self) -> tuple[float, bool]:
         """Clip and step inside ZeRO, which refuses a global norm that is not finite."""
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        applied = self._engine.was_step_applied()
+        if not applied and self._config.offload_optimizer and self._stage < 3:
+            # DeepSpeed 0.19 forgets these here, and would add the next step's gradients to the bad ones.
+            waiting = self._engine.optimizer.averaged_gradients
+            waiting.update(dict.fromkeys(waiting))
+        return float(self._engine.get_global_grad_norm()), applied
 
     def _step_whole(self) -> tuple[float, bool]:
         """Clip and step with whole gradients, which DeepSpeed has averaged but would not check."""
-        parameters = list(self._trained.values())
-        for p in parameters:
-            if p.grad is None:  # as in the other stages, an unused parameter has a gradient of zero
-                p.grad = torch.zeros_like(p)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.max_grad_norm))
         if not math.isfinite(norm):
             self._engine.zero_grad()
             return norm, False
@@ -333,14 +351,14 @@ class TrainingEngine:
             values |= {n: _sign(n) * top for n, top in zip(extremes, tops.cpu(), strict=True)}
         return float(sums[0]), {n: values[n] for n in collected}
 
-    # -- full weights ----------------------------------------------------------------------------------------------
+    # -- full weights ----------------------------------------------------------------------------------------
 
     def named_full_weights(self, *, merged: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole, detached, in the model's dtype, tied ones once.
 
-        With `merged`, a LoRA model is shown as the plain model that it is equivalent to: adapters added to the weights
-        they adapt, names without peft's prefixes. Under ZeRO-3 the tensors are copies and every process must take them
-        all; otherwise they are the live weights wherever nothing was merged.
+        With `merged`, a LoRA model is shown as the plain model that it is equivalent to: adapters added to
+        the weights they adapt, names without peft's prefixes. Under ZeRO-3 the tensors are copies and every
+        process must take them all; otherwise they are the live weights wherever nothing was merged.
         """
         module = self.module
         if merged and _is_peft(module):
@@ -364,7 +382,9 @@ class TrainingEngine:
             weights[f"{name}.weight"] = merged
             yield from weights.items()
 
-    def _plain_weights(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _plain_weights(
+        self, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter as it is, gathered in portions of bounded size."""
         waiting = list(parameters.items())
         while waiting:
@@ -391,13 +411,13 @@ class TrainingEngine:
 
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
 
-    # -- state -----------------------------------------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """(tensors, scalars): the whole training state, independent of ZeRO stage and number of processes.
 
-        Tensors are full, fp32, on the CPU: master.<name>, exp_avg.<name>, exp_avg_sq.<name> of every trained parameter.
-        They are on rank 0; the other processes get an empty dict. Scalars: version, updates.
+        Tensors are full, fp32, on the CPU: master.<name>, exp_avg.<name>, exp_avg_sq.<name> of every trained
+        parameter. They are on rank 0; the other processes get an empty dict. Scalars: version, updates.
         """
         tensors: dict[str, torch.Tensor] = {}
         for kind in ("master", *_MOMENTS):
@@ -410,8 +430,8 @@ class TrainingEngine:
     def load_state(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, int]) -> None:
         """Take over what `state_dict` returned; every process is given all of it.
 
-        The next step is bitwise the one that would have followed the save, with the same number of processes. Raises
-        ValueError if names or shapes are not exactly those of this model's trained parameters.
+        The next step is bitwise the one that would have followed the save, with the same number of processes.
+        Raises ValueError if names or shapes are not exactly those of this model's trained parameters.
         """
         self._check_state(tensors)
         with torch.no_grad():
@@ -435,10 +455,11 @@ class TrainingEngine:
             if name in tensors and tuple(tensors[name].shape) != shape:
                 problems.append(f"{name} is {tuple(tensors[name].shape)}, the model has {shape}")
         if problems:
-            shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
+            more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
             raise ValueError(
-                f"the saved training state does not fit this model (model, LoRA rank or target_modules changed?):\n  "
-                f"{shown}\nRestore the settings of the run that saved it, or start a run under another run.name"
+                "the saved training state does not fit this model; were the model, the LoRA rank or its "
+                "target_modules changed?" + "".join(f"\n  {line}" for line in problems[:12] + more) + "\n"
+                "Restore the settings of the run that saved it, or start a run under another run.name"
             )
 
     def _masters(self) -> list[list[torch.Tensor]]:
@@ -448,7 +469,7 @@ class TrainingEngine:
         return [list(group["params"]) for group in self._adam.param_groups]
 
     def _create_moments(self) -> None:
-        """Give AdamW its state before the first step, as it would itself, so that it can be saved and loaded then."""
+        """Give AdamW its state before the first step, as it would itself: it can be saved and loaded then."""
         for master in (m for group in self._masters() for m in group):
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS}
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -464,7 +485,12 @@ class TrainingEngine:
             return p if kind == "master" else self._adam.state[p][kind]
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        return safe_get_full_fp32_param(p) if kind == "master" else safe_get_full_optimizer_state(p, kind)
+        if kind != "master":
+            return safe_get_full_optimizer_state(p, kind)
+        full = safe_get_full_fp32_param(p)
+        # Stages 1 and 2 put the parts together by adding zeros, which makes 0.0 of -0.0; the weight still
+        # knows.
+        return full if self._stage == 3 else torch.where(full == 0, p.detach().float(), full)
 
     def _set_full_state(self, p: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
         if self._stage == 0:
@@ -493,8 +519,8 @@ class TrainingEngine:
             safe_set_local_optimizer_state(p, part, kind)
 
     def destroy(self) -> None:
-        """Give back everything but the model. Its weights stay as they are, except that under ZeRO-3 they stay split:
-        such a model is of no further use, and what it still holds goes with it."""
+        """Give back everything but the model. Its weights stay as they are, except that under ZeRO-3 they
+        stay split: such a model is of no further use, and what it still holds goes with it."""
         engine, module = self._engine, self.module
         engine.destroy()
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
@@ -511,8 +537,8 @@ class TrainingEngine:
 
 
 def _share(model: torch.nn.Module, micro: Batch, loss_fn: LossFn) -> tuple[torch.Tensor, Sums]:
-    """This micro-batch's part of loss and numbers. Without rows both are empty, but the model has run all the same:
-    the other processes wait for this one's share in every exchange that its passes make."""
+    """This micro-batch's part of loss and numbers. Without rows both are empty, but the model has run all the
+    same: the other processes wait for this one's share in every exchange that its passes make."""
     if len(micro):
         return loss_fn(model, micro)
     loss, sums = loss_fn(model, _stand_in(micro))
@@ -546,11 +572,11 @@ def _sign(name: str) -> int:
     return 1 if name.endswith("_max") else -1 if name.endswith("_min") else 0
 
 
-def _collect(collected: Sums, sums: Mapping[str, torch.Tensor]) -> None:
+def _collect(collected: Sums, sums: Sums) -> None:
+    """Add one micro-batch's numbers to the others'."""
     for name, value in sums.items():
-        value = value.detach().double()
         if name not in collected:
-            collected[name] = value.clone()
+            collected[name] = value
         elif _sign(name):
             collected[name] = (torch.maximum if _sign(name) > 0 else torch.minimum)(collected[name], value)
         else:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlhf.advantages import advantage_metrics
 from rlhf.batching import SftExample
 from rlhf.checkpoint import Checkpoint, save_checkpoint
-from rlhf.data import PromptDataset, step_rows
+from rlhf.data import PromptDataset, SftDataset, step_rows
 from rlhf.faults import at_step
 from rlhf.recipe.schema import Recipe
 from rlhf.records import Batch, Prompt, Rollout
@@ -58,7 +57,7 @@ class Stage:
     folder: Path  # checkpoints go to folder/checkpoints
     offset: int  # steps of the run before this stage
     total_steps: int
-    data: Sequence[Any]  # PromptDataset, or a sequence of SftExample
+    data: PromptDataset | SftDataset
     eval_sets: Mapping[str, PromptDataset]
     actor: Actor
     tracker: Tracker
@@ -150,7 +149,10 @@ class Stage:
         self, step: int, *, batch: Batch, updates: Sequence[UpdateStats], rollouts: Sequence[Rollout] | None = None
     ) -> None:
         """Note the step's numbers; they are written after a possible evaluation."""
-        self._metrics |= update_metrics(updates) | {"robust/skipped_steps": float(self.progress.skipped)}
+        self._metrics |= update_metrics(updates) | {
+            "robust/skipped_steps": float(self.progress.skipped),
+            "robust/bad_rows": float(self.data.counts["bad_rows"]),
+        }
         self._timings["train_tokens"] = float(batch.attention_mask.sum())
         if rollouts is not None:
             before = self.progress.version - sum(not u.skipped for u in updates)
@@ -192,6 +194,7 @@ class Stage:
 
     def _save(self) -> None:
         with self.clock.phase("checkpoint"):
+            self.tracker.sync()
             save_checkpoint(
                 self.checkpoints,
                 step=self.progress.step,

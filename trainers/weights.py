@@ -1,12 +1,13 @@
 """Weights from the processes that train to the processes that sample, verified.
 
-`publish` brings every process of one group to the weights of another. The weights travel as packed buckets of bounded
-size, never one call per tensor; the receiver checks names, shapes and types before the first byte is overwritten and a
-checksum over what it really holds after the last; in between it is marked dirty and refuses to generate. Where both
-roles live in one group nothing travels and only the version moves.
+`publish` brings every process of one group to the weights of another. The weights travel as packed buckets of
+bounded size, never one call per tensor; the receiver checks names, shapes and types before the first byte is
+overwritten and a checksum over what it really holds after the last; in between it is marked dirty and refuses
+to generate. Where both roles live in one group nothing travels and only the version moves.
 
-Here: the source, the sink, the transports, the checksum. Not here: how whole weights are gathered from their shards
-(`rlhf.trainers.deepspeed_engine`), and what the engine forgets when its weights change (`rlhf.rollout`).
+Here: the source, the sink, the transports, the checksum. Not here: how whole weights are gathered from their
+shards (`rlhf.trainers.deepspeed_engine`), and what the engine forgets when its weights change
+(`rlhf.rollout`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ NamedWeights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 Transport = Literal["shared", "object_store", "collective"]
 
 _WORD = 1 << 64
+_POLL_S = 0.02
 
 
 class WeightSyncError(RuntimeError):
@@ -106,15 +108,17 @@ def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucke
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """(num_bytes,) uint8: the tensor's own memory, not a copy. The tensor must be contiguous."""
-    assert tensor.is_contiguous(), f"a {tuple(tensor.shape)} tensor with strides {tensor.stride()} has no flat bytes"
+    assert tensor.is_contiguous(), (
+        f"a {tuple(tensor.shape)} tensor with strides {tensor.stride()} has no flat bytes"
+    )
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
     """64 bits that depend on every byte and its place; the same on a CPU and a GPU.
 
-    h = sum_i mix(w_i xor i c) over the 8-byte words w_i, in wrapping integer arithmetic: the order of summation does
-    not matter, so it runs at the speed of memory. Not a defence against an adversary.
+    h = sum_i mix(w_i xor i c) over the 8-byte words w_i, in wrapping integer arithmetic, whatever
+    the order of summation. Not a defence against an adversary.
     """
     data = bytes_of(tensor)
     whole = data.numel() // 8 * 8
@@ -178,7 +182,7 @@ class WeightSource:
         return self._plan
 
     def export_bucket(self, index: int) -> torch.Tensor | None:
-        """(num_bytes,) uint8 on the weights' device on rank 0, None elsewhere. Buckets are asked for in order, 0 first."""
+        """(num_bytes,) uint8 on the weights' device on rank 0, None elsewhere. In order, 0 first."""
         if index == 0:
             self._close_stream()
             self._stream, self._next = self._buckets(), 0
@@ -187,7 +191,9 @@ class WeightSource:
         bucket = next(self._stream)
         self._next += 1
         if self._next == len(self._plan):
-            next(self._stream, None)  # runs to the end: the last gathered tensor is released, the checksum is set
+            next(
+                self._stream, None
+            )  # runs to the end: the last gathered tensor is released, the checksum is set
             self._close_stream()
         return bucket if self.rank == 0 else None
 
@@ -229,13 +235,17 @@ class WeightSource:
         self._checksum = total
 
     @staticmethod
-    def _take(weights: Iterator[tuple[str, torch.Tensor]], planned: TensorSpec) -> tuple[TensorSpec, torch.Tensor]:
+    def _take(
+        weights: Iterator[tuple[str, torch.Tensor]], planned: TensorSpec
+    ) -> tuple[TensorSpec, torch.Tensor]:
         for name, tensor in weights:
             spec = _spec(name, tensor)
             if spec == planned:
                 return spec, tensor.detach().contiguous()
             if spec.num_bytes:
-                raise WeightSyncError(f"planned {planned}, got {spec}: the weights changed since the first publish")
+                raise WeightSyncError(
+                    f"planned {planned}, got {spec}: the weights changed since the first publish"
+                )
         raise WeightSyncError(f"planned {planned}, but the weights ended before it")
 
 
@@ -269,9 +279,13 @@ class WeightSink:
         """Copy one bucket's bytes into the parameters."""
         assert self._plan is not None and self._pending is not None, "begin_weights comes before load_bucket"
         bucket = self._plan[index]
-        assert len(data) == bucket.num_bytes, f"bucket {index} has {len(data)} bytes, planned {bucket.num_bytes}"
+        assert len(data) == bucket.num_bytes, (
+            f"bucket {index} has {len(data)} bytes, planned {bucket.num_bytes}"
+        )
         for piece in bucket.pieces:
-            target = bytes_of(self._params[piece.tensor.name].data)[piece.start : piece.start + piece.num_bytes]
+            target = bytes_of(self._params[piece.tensor.name].data)[
+                piece.start : piece.start + piece.num_bytes
+            ]
             _copy_bytes(target, data[piece.offset : piece.offset + piece.num_bytes])
 
     def end_weights(self, version: int, checksum: int) -> None:
@@ -286,9 +300,11 @@ class WeightSink:
             )
         self.version, self._pending = version, None
 
-    def copy_from(self, named_weights: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None) -> int:
-        """Take whole weights that are in this same process; returns the bytes copied. For a group that trains and
-        samples while its trained weights are split over the processes."""
+    def copy_from(
+        self, named_weights: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None
+    ) -> int:
+        """Take whole weights that are in this same process; returns the bytes copied. For a group that trains
+        and samples while its trained weights are split over the processes."""
         self._pending = -1 if version is None else version
         seen: set[int] = set()
         copied = 0
@@ -319,7 +335,9 @@ class WeightSink:
 
     def _check_tensor(self, sent: TensorSpec) -> None:
         if sent.name not in self._params:
-            raise WeightSyncError(f"the sender has a weight {sent.name!r}, the receiver's model has none of that name")
+            raise WeightSyncError(
+                f"the sender has a weight {sent.name!r}, the receiver's model has none of that name"
+            )
         held = _spec(sent.name, self._params[sent.name])
         if held != sent:
             raise WeightSyncError(
@@ -336,7 +354,7 @@ class WeightSink:
 
 
 def _copy_bytes(target: torch.Tensor, data: torch.Tensor | np.ndarray) -> None:
-    """Into `target`'s memory. Arrays from the object store are read-only memory shared with other processes."""
+    """Into `target`'s memory. Arrays from the object store are read-only, shared with other processes."""
     if isinstance(data, torch.Tensor):
         target.copy_(data)
     elif target.device.type == "cpu":
@@ -346,12 +364,14 @@ def _copy_bytes(target: torch.Tensor, data: torch.Tensor | np.ndarray) -> None:
 
 
 class WeightChannel:
-    """A process group of its own between rank 0 of the source and all ranks of the target: 0 sends, 1.. receive.
+    """A process group of its own: rank 0 of the source sends (0), all ranks of the target receive (1 ..).
 
     It takes no part in torch's default group and does not change it. gloo between CPUs, nccl between GPUs.
     """
 
-    def __init__(self, *, address: str, port: int, rank: int, size: int, device: str, timeout_s: float) -> None:
+    def __init__(
+        self, *, address: str, port: int, rank: int, size: int, device: str, timeout_s: float
+    ) -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self._address, self._timeout = address, timedelta(seconds=timeout_s)
         self._store: dist.Store | None = None
@@ -361,7 +381,7 @@ class WeightChannel:
             self._listen()
 
     def _listen(self) -> None:
-        # our own listening socket: bound to the one address that the others use, on a port that nobody can take
+        # our own listening socket: bound to the one address that the others use, the port ours from the start
         listener = socket.create_server((self._address, 0))
         self.port = listener.getsockname()[1]
         self._store = dist.TCPStore(
@@ -377,7 +397,9 @@ class WeightChannel:
     def join(self) -> None:
         """Meet the other processes; blocks until all are there."""
         if self._store is None:
-            self._store = dist.TCPStore(self._address, self.port, self.size, timeout=self._timeout, wait_for_workers=False)
+            self._store = dist.TCPStore(
+                self._address, self.port, self.size, timeout=self._timeout, wait_for_workers=False
+            )
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
@@ -401,7 +423,7 @@ class WeightChannel:
 
 
 class WeightMethods:
-    """The methods that `publish` calls, for a worker that has `_source` (it trains) and or `_sink` (it samples).
+    """The methods that `publish` calls, for a worker with a `_source` (it trains) or a `_sink` (it samples).
 
     The worker supplies `set_version`: what else depends on the weights learns that they are new.
     """
@@ -434,23 +456,31 @@ class WeightMethods:
         self._sink.end_weights(version, checksum)
         self.set_version(version)
 
-    # -- collective transport --------------------------------------------------------------------------------------
+    # -- collective transport --------------------------------------------------------------------------------
 
     def has_channel(self) -> bool:
         return self._channel is not None
 
     def open_channel(self, address: str, size: int, device: str, timeout_s: float) -> int:
-        """Rank 0 of the source starts to listen; returns the port."""
-        self._channel = WeightChannel(
-            address=address, port=0, rank=0, size=size, device=device, timeout_s=timeout_s
-        )
+        """Rank 0 of the source starts to listen and returns its port; the others take no part, and return
+        0.
+        """
+        if self._source.rank > 0:
+            return 0
+        place = dict(address=address, size=size, device=device, timeout_s=timeout_s)
+        self._channel = WeightChannel(port=0, rank=0, **place)
         return self._channel.port
 
-    def join_channel(self, address: str, port: int, rank: int, size: int, device: str, timeout_s: float) -> None:
-        if rank > 0:
-            self._channel = WeightChannel(
-                address=address, port=port, rank=rank, size=size, device=device, timeout_s=timeout_s
-            )
+    def enter_channel(self) -> None:
+        """The source's side of `join_channel`."""
+        if self._source.rank == 0:
+            self._channel.join()
+
+    def join_channel(
+        self, port: int, rank: int, address: str, size: int, device: str, timeout_s: float
+    ) -> None:
+        place = dict(address=address, size=size, device=device, timeout_s=timeout_s)
+        self._channel = WeightChannel(port=port, rank=rank, **place)
         self._channel.join()
 
     def send_weights(self, num_buckets: int) -> None:
@@ -485,9 +515,9 @@ class WeightMethods:
 def publish(source: Group, target: Group, *, version: int, runtime: RuntimeConfig) -> PublishReport:
     """Bring the target's weights to the source's, as `version`, on every process of the target.
 
-    Returns when the target has verified them. If it raises, the target is dirty and refuses to generate until a later
-    publish succeeds. Transports: shared (one group: nothing moves), object_store (through calls; the controller never
-    touches the bytes), collective (a broadcast between the processes).
+    Returns when the target has verified them. If it raises, the target is dirty and refuses to generate until
+    a later publish succeeds. Transports: shared (one group: nothing moves), object_store (through calls; the
+    controller never touches the bytes), collective (a broadcast between the processes).
     """
     start = time.perf_counter()
     transport = choose_transport(source, target, runtime)
@@ -532,7 +562,9 @@ def _through_calls(source: Group, target: Group, plan: Sequence[BucketSpec], run
     loading.wait()
 
 
-def _through_broadcast(source: Group, target: Group, plan: Sequence[BucketSpec], runtime: RuntimeConfig) -> None:
+def _through_broadcast(
+    source: Group, target: Group, plan: Sequence[BucketSpec], runtime: RuntimeConfig
+) -> None:
     if not (source.call("has_channel")[0] and target.call("has_channel")[0]):
         _connect(source, target, runtime)
     sent = source.start("send_weights", len(plan))
@@ -543,12 +575,10 @@ def _through_broadcast(source: Group, target: Group, plan: Sequence[BucketSpec],
 
 def _connect(source: Group, target: Group, runtime: RuntimeConfig) -> None:
     device = "cuda" if source.device == target.device == "cuda" else "cpu"
-    size, timeout_s = 1 + target.size, runtime.call_timeout_s
-    port = source.call("open_channel", source.address, size, device, timeout_s)[0]
-    place = (size, device, timeout_s)
-    others = target.start_each("join_channel", [(source.address, port, 1 + r, *place) for r in range(target.size)])
-    first = source.start("join_channel", source.address, port, 0, *place)
-    _wait_together([others, first], timeout_s)
+    place = (source.address, 1 + target.size, device, runtime.call_timeout_s)
+    port = source.call("open_channel", *place)[0]
+    joining = target.start_each("join_channel", [(port, 1 + rank, *place) for rank in range(target.size)])
+    _wait_together([joining, source.start("enter_channel")], runtime.call_timeout_s)
 
 
 def _wait_together(calls: Sequence[Pending], timeout_s: float) -> None:
@@ -557,6 +587,8 @@ def _wait_together(calls: Sequence[Pending], timeout_s: float) -> None:
     waiting = list(calls)
     while waiting:
         for call in list(waiting):
-            if call.poll(0.05) or time.monotonic() > deadline:
-                call.wait(0.0)
+            if call.poll(_POLL_S):
+                call.wait()
                 waiting.remove(call)
+            elif time.monotonic() > deadline:
+                call.wait(0.0)  # raises, and says who is late

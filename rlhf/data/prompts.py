@@ -278,15 +278,15 @@ class _Builder:
             )
 
     def _knows(self, character: str) -> bool:
-        """Whether the tokenizer gives a character tokens at all. Invisible format characters may vanish."""
+        """Whether the tokenizer gives a character tokens. Invisible format characters may vanish."""
         if character not in self._known_characters:
             tokenizer = self._tokenizer
             try:
                 ids = tokenizer.encode(character, add_special_tokens=False)
+                known = tokenizer.unk_token_id not in ids and (ids or unicodedata.category(character) == "Cf")
             except Exception:  # tokenizers raises a bare Exception where a vocabulary has no unknown token
-                ids = []
-            known = bool(ids) or unicodedata.category(character) == "Cf"
-            self._known_characters[character] = known and tokenizer.unk_token_id not in ids
+                known = False
+            self._known_characters[character] = bool(known)
         return self._known_characters[character]
 
     def _encode(self, texts: list[str]) -> list[tuple[int, ...]]:

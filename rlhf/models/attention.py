@@ -1,9 +1,9 @@
 """The attention that every model is run with, registered in transformers as "rlhf".
 
-Here: the bridge between a Hugging Face attention layer and `rlhf.kernels.attention`. Which sequences a forward holds is
-said by a context around it: `packed_attention` (training, scoring; differentiable) or `paged_attention` (the engine).
-Without a context the layer is ordinary attention with transformers' own masks, so that padded batches and
-`model.generate` work. Not here: the arithmetic, and where pages come from.
+Here: the bridge between a Hugging Face attention layer and `rlhf.kernels.attention`. Which sequences a
+forward holds is said by a context around it: `packed_attention` (training, scoring; differentiable) or
+`paged_attention` (the engine). Without a context the layer is ordinary attention with transformers' own
+masks, so that padded batches and `model.generate` work. Not here: the arithmetic, and where pages come from.
 
 One forward runs at a time in a process; the current context is a module variable, not a thread-local.
 """
@@ -52,7 +52,8 @@ class PackedContext:
 
 @dataclass
 class PagedContext:
-    """One step of the engine: N new tokens of S sequences, and the pages of every layer. Used for one forward.
+    """One step of the engine: N new tokens of S sequences, and the pages of every layer. Used for one
+    forward.
 
     The new tokens' keys and values are written by each layer before it attends.
     """
@@ -64,7 +65,9 @@ class PagedContext:
     context_lens: np.ndarray | torch.Tensor | Sequence[int]  # (S,) positions, new tokens included
     query_starts: np.ndarray | torch.Tensor | Sequence[int]  # (S+1,), where each sequence's new tokens begin
     num_decodes: int | None = None  # the first so many sequences have one new token each
-    max_context: int | None = None  # largest of context_lens; these two are for kernels that must not read tensors back
+    max_context: int | None = (
+        None  # largest of context_lens; these two are for kernels that must not read tensors back
+    )
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +114,9 @@ def packed_attention(packed: Packed) -> AbstractContextManager[None]:
 
 
 def paged_attention(context: PagedContext) -> AbstractContextManager[None]:
-    """Within it, a forward's input_ids (1, N) are the new tokens of `context`. Use it under `torch.no_grad()`."""
+    """Within it, a forward's input_ids (1, N) are the new tokens of `context`. Use it under
+    `torch.no_grad()`.
+    """
     return _use(context)
 
 
@@ -137,7 +142,9 @@ class _Shapes:
 
 def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
     """Recompute activations in the backward, under the context that the forward had."""
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _same_context})
+    older = model.gradient_checkpointing_enable  # its name until transformers 5.23, deprecated since
+    enable = getattr(model, "activation_checkpointing_enable", older)
+    enable({"use_reentrant": False, "context_fn": _same_context})
 
 
 def _same_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -157,7 +164,9 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D) -> (B, T, Hq, D)."""
+    """transformers' attention interface: query (B, Hq, T, D), key and value (B, Hkv, T, D) -> (B, T, Hq,
+    D).
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _current is None:
         if softcap is None and s_aux is None:
@@ -168,7 +177,9 @@ def _attention(
     if query.shape[0] != 1:
         raise ValueError(f"a packed or paged forward has batch size 1, not {query.shape[0]}")
     if dropout:
-        raise ValueError(f"attention dropout {dropout} is not supported; load models with rlhf.models.load_model")
+        raise ValueError(
+            f"attention dropout {dropout} is not supported; load models with rlhf.models.load_model"
+        )
     options = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _current.attend(module.layer_idx, q, k, v, options)[None], None
@@ -183,7 +194,9 @@ def _plain(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with soft-capped scores or sinks, which torch's own does not know. (B, Hq, T, D) -> (B, T, Hq, D)."""
+    """Attention with soft-capped scores or sinks, which torch's own does not know. (B, Hq, T, D) -> (B, T,
+    Hq, D).
+    """
     batch, heads, num_queries, dim = query.shape
     grouped = query.view(batch, key.shape[1], -1, num_queries, dim).float()
     scores = grouped @ key[:, :, None].float().transpose(-1, -2) * scale

@@ -1,7 +1,8 @@
 """Tokenizers and models made on the spot, from a recipe alone.
 
-Here: a character tokenizer, a byte-level BPE trained on a file, and a model with random weights of any architecture that
-transformers knows. Not here: loading and saving, and what prepares a model for training (`rlhf.models.load`).
+Here: a character tokenizer, a byte-level BPE trained on a file, and a model with random weights of any
+architecture that transformers knows. Not here: loading and saving, and what prepares a model for training
+(`rlhf.models.load`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
 from rlhf.rng import key
@@ -37,8 +45,8 @@ _CHAT_TEMPLATE_WITH_ROLES = (
 
 
 def build_tokenizer(config: BuildTokenizerConfig) -> PreTrainedTokenizerFast:
-    """A tokenizer with <|pad|>, <|bos|> and <|eos|> as ids 0, 1 and 2. It adds no special token by itself, and decoding
-    gives back exactly the text. Raises ValueError for an unusable alphabet or training file.
+    """A tokenizer with <|pad|>, <|bos|> and <|eos|> as ids 0, 1 and 2. It adds no special token by itself,
+    and decoding gives back exactly the text. Raises ValueError for an unusable alphabet or training file.
     """
     tokenizer = _characters(config.alphabet) if config.kind == "characters" else _bpe(config)
     template = _CHAT_TEMPLATE if config.kind == "characters" else _CHAT_TEMPLATE_WITH_ROLES
@@ -71,7 +79,10 @@ def _bpe(config: BuildTokenizerConfig) -> Tokenizer:
         raise ValueError("tokenizer.build.kind=bpe needs tokenizer.build.train_on: a text or JSON-lines file")
     smallest = len(_SPECIAL) + 256
     if config.vocab_size < smallest:
-        raise ValueError(f"tokenizer.build.vocab_size={config.vocab_size} is too small for the 256 bytes; use >= {smallest}")
+        raise ValueError(
+            f"tokenizer.build.vocab_size={config.vocab_size} is too small for the 256 bytes; "
+            f"use >= {smallest}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -112,8 +123,8 @@ def _strings(value: Any) -> Iterator[str]:
 def build_model(
     config: BuildModelConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: str = "float32", seed: int = 0
 ) -> PreTrainedModel:
-    """A causal language model with random weights, a function of (config, vocabulary size, seed). Weights are drawn in
-    fp32 and rounded to `dtype`. Raises ValueError for an unknown architecture or configuration key.
+    """A causal language model with random weights, a function of (config, vocabulary size, seed). Weights are
+    drawn in fp32 and rounded to `dtype`. Raises ValueError for an unknown architecture or configuration key.
     """
     hf_config = _hf_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -144,5 +155,5 @@ def _hf_config(config: BuildModelConfig, tokenizer: PreTrainedTokenizerFast) -> 
             raise ValueError(f"model.build.config: {config.model_type} has no {name!r}{hint}")
     try:
         return AutoConfig.for_model(config.model_type, **config.config, **fixed)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"model.build.config does not fit {config.model_type}: {error}") from error

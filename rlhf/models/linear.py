@@ -1,9 +1,9 @@
 """Row-invariant modules inside a Hugging Face model.
 
-Here: swapping the class of every `nn.Linear`, and of the activations between them (names, parameters, state dict, tied
-embeddings and peft do not notice), and dropping the packed copies when weights change. Not here: the kernels
-(`rlhf.kernels.linear`, `rlhf.kernels.activation`). On CUDA a swapped linear is `F.linear`: nothing is packed and
-nothing is promised about rows.
+Here: swapping the class of every `nn.Linear`, and of the activations between them (names, parameters, state
+dict, tied embeddings and peft do not notice), and dropping the packed copies when weights change. Not here:
+the kernels (`rlhf.kernels.linear`, `rlhf.kernels.activation`). On CUDA a swapped linear is `F.linear`:
+nothing is packed and nothing is promised about rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from rlhf.kernels.linear import PackedWeight, can_pack, linear, pack
 
 
 class InvariantLinear(nn.Linear):
-    """`nn.Linear` whose rows do not depend on the number of rows. Made by `prepare_linears`, never directly."""
+    """`nn.Linear` whose rows do not depend on the number of rows. Made by `prepare_linears`, never
+    directly.
+    """
 
     _packed: PackedWeight
 
@@ -44,8 +46,9 @@ _ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh:
 
 
 def prepare_linears(model: nn.Module) -> int:
-    """Make every plain `nn.Linear` of the model, and the activations between them, row-invariant; returns the number of
-    linears. Call it after adapters are added: subclasses of `nn.Linear` have a forward of their own and stay as they are.
+    """Make every plain `nn.Linear` of the model, and the activations between them, row-invariant; returns the
+    number of linears. Call it after adapters are added: subclasses of `nn.Linear` have a forward of their own
+    and stay as they are.
     """
     count = 0
     for module in model.modules():
@@ -59,8 +62,8 @@ def prepare_linears(model: nn.Module) -> int:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Drop every packed copy. Call it after an optimiser step, a load or any other write to the weights: writes through
-    `.data` cannot be seen from here."""
+    """Drop every packed copy. Call it after an optimiser step, a load or any other write to the weights:
+    writes through `.data` cannot be seen from here."""
     for module in model.modules():
         if isinstance(module, InvariantLinear):
             module._packed.clear()

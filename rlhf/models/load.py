@@ -1,9 +1,9 @@
 """Loading models and tokenizers, preparing models for training and for the engine, saving them for anyone.
 
-A prepared model is an ordinary Hugging Face model (peft's wrapper around it with LoRA) whose attention goes through
-`rlhf.models.attention`, whose linears do not depend on the number of rows, and which has no dropout. Weights are read
-from safetensors only, after a check of every file; a repository's own code runs only where the recipe names model and
-commit. Not here: making models from nothing (`rlhf.models.build`).
+A prepared model is an ordinary Hugging Face model (peft's wrapper around it with LoRA) whose attention goes
+through `rlhf.models.attention`, whose linears do not depend on the number of rows, and which has no dropout.
+Weights are read from safetensors only, after a check of every file; a repository's own code runs only where
+the recipe names model and commit. Not here: making models from nothing (`rlhf.models.build`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,8 +34,9 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def load_tokenizer(model_config: ModelConfig, tokenizer_config: TokenizerConfig) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer: built, from `tokenizer.path`, or the model's own. A missing pad token becomes the end
-    token: masks come from lengths, so nothing changes. Raises ValueError where there is none, or none with an end token.
+    """The recipe's tokenizer: built, from `tokenizer.path`, or the model's own. A missing pad token becomes
+    the end token: masks come from lengths, so nothing changes. Raises ValueError where there is none, or none
+    with an end token.
     """
     if tokenizer_config.build is not None:
         return build_tokenizer(tokenizer_config.build)
@@ -43,13 +46,17 @@ def load_tokenizer(model_config: ModelConfig, tokenizer_config: TokenizerConfig)
     what = "model.path" if tokenizer_config.path is None else "tokenizer.path"
     own = path == model_config.path
     trusted = own and model_config.trust_code is not None
-    folder = _folder(path, _revision(model_config) if own else None, _SMALL_FILES + (("*.py",) if trusted else ()), what)
+    folder = _folder(
+        path, _revision(model_config) if own else None, _SMALL_FILES + (("*.py",) if trusted else ()), what
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{what}: no tokenizer could be loaded from {path}: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{what}: the tokenizer of {path} has no end token (eos_token); set one in its files")
+        raise ValueError(
+            f"{what}: the tokenizer of {path} has no end token (eos_token); set one in its files"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -75,12 +82,13 @@ def load_model(
     model: nn.Module | None = None,
     invariant: bool = True,
 ) -> nn.Module:
-    """The recipe's model, prepared. With `trainable`: in training mode, LoRA added if configured (its random part is a
-    function of `seed`), gradient checkpointing if configured; otherwise the plain model, frozen. `model` is an object to
-    start from instead (it is copied, never changed). `invariant=False` leaves linears and activations as they are.
+    """The recipe's model, prepared. With `trainable`: in training mode, LoRA added if configured (its random
+    part is a function of `seed`), gradient checkpointing if configured; otherwise the plain model, frozen.
+    `model` is an object to start from instead (it is copied, never changed). `invariant=False` leaves linears
+    and activations as they are.
 
-    Raises ValueError for a folder that is missing or damaged, an architecture that the attention does not cover, and a
-    tokenizer with more tokens than the model has embeddings.
+    Raises ValueError for a folder that is missing or damaged, an architecture that the attention does not
+    cover, and a tokenizer with more tokens than the model has embeddings.
     """
     dtype = getattr(torch, model_config.dtype)
     if model is not None:
@@ -110,11 +118,11 @@ def save_model(
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a Hugging Face folder that plain transformers loads: weights, configuration, tokenizer. With LoRA the
-    weights are merged and the adapter alone goes to adapter/.
+    """Write a Hugging Face folder that plain transformers loads: weights, configuration, tokenizer. With LoRA
+    the weights are merged and the adapter alone goes to adapter/.
 
-    `weights` are the plain model's parameters by name, tied ones once (default: the model's own). Raises ValueError for
-    weights that are missing or not finite, before anything is written.
+    `weights` are the plain model's parameters by name, tied ones once (default: the model's own). Raises
+    ValueError for weights that are missing or not finite, before anything is written.
     """
     path = Path(path)
     lora = _is_lora(model)
@@ -129,7 +137,7 @@ def save_model(
         model.save_pretrained(path / "adapter", save_embedding_layers=False)
 
 
-# -- reading a folder -----------------------------------------------------------------------------------------------
+# -- reading a folder ----------------------------------------------------------------------------------------
 
 
 def _revision(config: ModelConfig) -> str | None:
@@ -137,7 +145,9 @@ def _revision(config: ModelConfig) -> str | None:
 
 
 def _folder(path: str, revision: str | None, patterns: Sequence[str], what: str) -> Path:
-    """A local folder as it is, or the wanted files of a hub repository (from the cache if HF_HUB_OFFLINE is set)."""
+    """A local folder as it is, or the wanted files of a hub repository (from the cache if HF_HUB_OFFLINE is
+    set).
+    """
     local = Path(path).expanduser()
     if local.is_dir():
         return local
@@ -146,10 +156,14 @@ def _folder(path: str, revision: str | None, patterns: Sequence[str], what: str)
     if not _HUB_NAME.fullmatch(path):
         raise ValueError(f"{what}: there is no folder {path}")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=10))
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=10)
+        )
     except Exception as error:  # the hub's client raises from three libraries; the cause is kept
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{what}: there is no folder {path}, and the hub could not give it: {reason}") from error
+        raise ValueError(
+            f"{what}: there is no folder {path}, and the hub could not give it: {reason}"
+        ) from error
 
 
 def _read_config(folder: Path, model_config: ModelConfig) -> Any:
@@ -162,12 +176,12 @@ def _read_config(folder: Path, model_config: ModelConfig) -> Any:
         raise ValueError(f"model.path: {file} is damaged: {error}") from None
     if "auto_map" in raw and model_config.trust_code is None:
         raise ValueError(
-            f"model.path: {model_config.path} brings Python code of its own (auto_map in config.json), which is not run; "
-            "review it and name model and commit in model.trust_code"
+            f"model.path: {model_config.path} brings Python code of its own (auto_map in config.json), which is "
+            "not run; review it and name model and commit in model.trust_code"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model_config.trust_code is not None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"model.path: the configuration in {folder} cannot be used: {error}") from error
 
 
@@ -194,8 +208,8 @@ def _from_folder(model_config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         names = sorted(str(n) for n in info[problem])
         if names:
             raise ValueError(
-                f"model.path: {folder} has {len(names)} {problem.replace('_', ' ')}, {names[0]} first: these weights "
-                "would be random; the files do not fit config.json"
+                f"model.path: {folder} has {len(names)} {problem.replace('_', ' ')}, {names[0]} first: these "
+                "weights would be random; the files do not fit config.json"
             )
     return model
 
@@ -212,24 +226,36 @@ def _weight_files(folder: Path) -> list[Path]:
         names = ["model.safetensors"]
         if not (folder / names[0]).is_file():
             pickles = sorted(f.name for f in folder.glob("*.bin"))
-            reason = f"only {pickles[0]}, a pickle, which is not read; save it as safetensors" if pickles else "none"
-            raise ValueError(f"model.path: weights (model.safetensors) are missing in {folder}; there is {reason}")
+            reason = (
+                f"only {pickles[0]}, a pickle, which is not read; save it as safetensors"
+                if pickles
+                else "none"
+            )
+            raise ValueError(
+                f"model.path: weights (model.safetensors) are missing in {folder}; there is {reason}"
+            )
     outside = [n for n in names if Path(n).name != n]
     if outside:
         raise ValueError(f"model.path: {index} points outside its folder: {outside[0]}")
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
-        raise ValueError(f"model.path: {folder} misses {len(missing)} of {len(names)} weight files, {missing[0]} first")
+        raise ValueError(
+            f"model.path: {folder} misses {len(missing)} of {len(names)} weight files, {missing[0]} first"
+        )
     return [folder / n for n in names]
 
 
 def _check_safetensors(file: Path) -> None:
-    """The size that a safetensors header promises: 8 bytes of header length, a JSON header, then the tensors."""
+    """The size that a safetensors header promises: 8 bytes of header length, a JSON header, then the
+    tensors.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"model.path: {file} is cut off: {size} bytes, its header alone needs {8 + length}")
+            raise ValueError(
+                f"model.path: {file} is cut off: {size} bytes, its header alone needs {8 + length}"
+            )
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -240,7 +266,7 @@ def _check_safetensors(file: Path) -> None:
         raise ValueError(f"model.path: {file} is damaged: {size} bytes instead of {expected}")
 
 
-# -- preparing ------------------------------------------------------------------------------------------------------
+# -- preparing -----------------------------------------------------------------------------------------------
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -248,8 +274,8 @@ def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
     tokens = max(tokenizer.get_vocab().values()) + 1
     if tokens > embeddings:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens, the model embeddings for {embeddings}: they do not belong together; "
-            "use the model's own tokenizer"
+            f"the tokenizer has {tokens} tokens, the model embeddings for {embeddings}: they do not belong "
+            "together; use the model's own tokenizer"
         )
 
 
@@ -258,7 +284,9 @@ def _use_our_attention(model: nn.Module) -> None:
     name = type(model).__name__
     types = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
     if types:
-        raise ValueError(f"{name} has layers of type {', '.join(sorted(types))}; supported are {', '.join(_LAYER_TYPES)}")
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(types))}; supported are {', '.join(_LAYER_TYPES)}"
+        )
     if not model._supports_attention_backend:
         raise ValueError(f"{name} does not use transformers' attention interface and cannot be run here")
     model.set_attn_implementation(attention.NAME)
@@ -280,7 +308,11 @@ def _add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     adapter = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     dtype = model.dtype
     with torch.random.fork_rng(devices=[]):
@@ -293,10 +325,11 @@ def _add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
 
 def _is_lora(model: nn.Module) -> bool:
-    return "peft_config" in model.__dict__
+    peft = sys.modules.get("peft")  # slow to import, and a model that it wraps cannot exist without it
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
-# -- writing --------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def _plain_copy(base: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:

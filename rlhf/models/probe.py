@@ -1,8 +1,8 @@
 """Does this machine keep the promise that the engine's log-probs equal the trainer's, bit for bit?
 
-The kernels' exactness rests on how this machine's matrix products treat rows, which no specification guarantees. Here:
-a few short forwards of the very model, each way the framework runs it, compared. Where one bit differs the claim is
-withdrawn, nothing else. Not here: what a run does then.
+The kernels' exactness rests on how this machine's matrix products treat rows, which no specification
+guarantees. Here: a few short forwards of the very model, each way the framework runs it, compared. Where one
+bit differs the claim is withdrawn, nothing else. Not here: what a run does then.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class _Packed:
 
 
 def probe_exactness(model: nn.Module, lengths: Sequence[int] = (TILE + 5, 17, 5, 2)) -> ExactnessReport:
-    """Compare every token's log-probs from one packed forward with those from sequences alone, several copies at once,
-    chunked prefill, and decoding one token at a time. `model` is prepared (`rlhf.models.load`) and is left as it was.
+    """Compare every token's log-probs from one packed forward with those from sequences alone, several copies
+    at once, chunked prefill, and decoding one token at a time. `model` is prepared (`rlhf.models.load`) and
+    is left as it was.
     """
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -54,7 +55,9 @@ def probe_exactness(model: nn.Module, lengths: Sequence[int] = (TILE + 5, 17, 5,
 
 
 def _ways(model: nn.Module, prompts: list[torch.Tensor]) -> Iterator[tuple[str, int, int, torch.Tensor]]:
-    """(name of the way, sequence, its first compared token, log-probs (tokens, V)) for each way to run the model."""
+    """(name of the way, sequence, its first compared token, log-probs (tokens, V)) for each way to run the
+    model.
+    """
     yield "alone", 1, 0, _packed_logprobs(model, prompts[1:2])[0]
     yield "many copies", 0, 0, _packed_logprobs(model, prompts[:1] * 8)[7]
     pages = _Pages(model, prompts)
@@ -80,7 +83,9 @@ def _packed_logprobs(model: nn.Module, prompts: list[torch.Tensor]) -> list[torc
 
 def _forward(model: nn.Module, tokens: list[torch.Tensor], positions: list[range]) -> torch.Tensor:
     position_ids = torch.cat([torch.arange(p.start, p.stop) for p in positions]).to(tokens[0].device)
-    logits = model(input_ids=torch.cat(tokens)[None], position_ids=position_ids[None], use_cache=False).logits[0]
+    logits = model(
+        input_ids=torch.cat(tokens)[None], position_ids=position_ids[None], use_cache=False
+    ).logits[0]
     return log_softmax(logits)
 
 
@@ -99,8 +104,8 @@ class _Pages:
     def run(self, rows: list[int], begin: list[int], end: list[int]) -> list[torch.Tensor]:
         """Log-probs of tokens begin..end of the given sequences, whose earlier tokens are in the pages."""
         spans = [range(begin[r], end[r]) for r in rows]
-        slots = [self.table[r][np.arange(s.start, s.stop) // _PAGE] * _PAGE + np.arange(s.start, s.stop) % _PAGE
-                 for r, s in zip(rows, spans)]  # fmt: skip
+        places = [(self.table[r], np.arange(s.start, s.stop)) for r, s in zip(rows, spans)]
+        slots = [table[at // _PAGE] * _PAGE + at % _PAGE for table, at in places]
         context = PagedContext(
             k_pages=self.k,
             v_pages=self.v,

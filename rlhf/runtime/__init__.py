@@ -1,1 +1,1 @@
-"""How processes come to be: groups of workers in this process or in Ray actors. Imports neither Ray nor torch."""
+"""How processes come to be: groups of workers, here or in Ray actors. Imports neither Ray nor torch."""

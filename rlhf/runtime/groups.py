@@ -1,8 +1,9 @@
 """Groups of worker processes, as the controller sees them.
 
-Here: what a group is asked to be (`GroupSpec`), what can be asked of it (`Group`), what can go wrong (`GroupError`),
-and `launch`, which brings groups up and guarantees that they go down. Not here: how they run (`local.py`,
-`ray_groups.py`), whether a plan fits the machines (`placement.py`), what a worker does (`rlhf.trainers.worker`).
+Here: what a group is asked to be (`GroupSpec`), what can be asked of it (`Group`), what can go wrong
+(`GroupError`), and `launch`, which brings groups up and guarantees that they go down. Not here: how they run
+(`local.py`, `ray_groups.py`), whether a plan fits the machines (`placement.py`), what a worker does
+(`rlhf.trainers.worker`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class GroupSpec:
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
-            raise ValueError(f"group {self.name!r}: num_processes={self.num_processes}; a group has at least one")
+            raise ValueError(f"group {self.name!r}: num_processes={self.num_processes}; use at least 1")
         if self.gpus not in (0, self.num_processes):
             raise ValueError(
                 f"group {self.name!r}: gpus={self.gpus} with num_processes={self.num_processes}; "
@@ -105,7 +106,7 @@ class Pending(Protocol):
         ...
 
     def handle(self, rank: int = 0) -> Any:
-        """One rank's result as an argument for a call to another group: the controller does not touch the data."""
+        """One rank's result, as an argument for a call to another group without fetching it here."""
         ...
 
 
@@ -193,8 +194,9 @@ class Groups(Mapping[str, Group]):
 def launch(specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> Groups:
     """Bring up the groups, or raise and leave nothing behind.
 
-    Use it as `with launch(...) as groups:`. Raises PlacementError at once if the machines cannot hold the plan,
-    LaunchError if they do not within runtime.launch_timeout_s, and whatever a worker's constructor raises.
+    Use it as `with launch(...) as groups:`. Raises PlacementError at once if the machines cannot hold the
+    plan, LaunchError if they do not within runtime.launch_timeout_s, and whatever a worker's constructor
+    raises.
     """
     _check_names(specs)
     if runtime.backend == "local":

@@ -1,7 +1,7 @@
 """Groups in the controller's own process: no daemon, real tracebacks, a debugger that works.
 
-The same worker classes as under Ray. Not here: deadlines (a call that runs in this thread cannot be timed out) and
-the number of threads (one process has one; the workers set it).
+The same worker classes as under Ray. Not here: deadlines (a call that runs in this thread cannot be timed
+out) and the number of threads (one process has one; the workers set it).
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def launch_local(specs: Sequence[GroupSpec]) -> Groups:
     for spec in specs:
         if spec.num_processes > 1:
             raise PlacementError(
-                f"group {spec.name!r} has {spec.num_processes} processes, which runtime.backend=local cannot host; "
-                "set runtime.backend: ray"
+                f"group {spec.name!r} has {spec.num_processes} processes, which runtime.backend=local cannot "
+                "host; set runtime.backend: ray"
             )
         if spec.gpus:
             _check_gpu(spec)
@@ -94,5 +94,6 @@ def _check_gpu(spec: GroupSpec) -> None:
 
     if not torch.cuda.is_available():
         raise PlacementError(
-            f"group {spec.name!r} asks for {spec.gpus} GPU, this machine has none that torch can use; set gpus: 0"
+            f"group {spec.name!r} asks for {spec.gpus} GPU, this machine has none that torch can use; "
+            f"set placement.{spec.name}.gpus: 0"
         )

@@ -1,4 +1,4 @@
-"""Whether a plan fits the machines, before anything is launched. No Ray import: resources are plain numbers."""
+"""Whether a plan fits the machines, before anything is launched. Resources are plain numbers, no Ray here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.runtime.groups import GroupSpec, PlacementError
 
-# What one process reserves. A process's threads are not reserved: they are set for the machine that runs it, which
-# the controller does not know.
+# What one process reserves. A process's threads are not reserved: they are set for the machine that runs it,
+# which the controller does not know.
 CPUS_PER_PROCESS = 1
 
 
@@ -28,7 +28,7 @@ def needed(specs: Sequence[GroupSpec]) -> dict[str, float]:
 
 
 def check(specs: Sequence[GroupSpec], resources: Mapping[str, float]) -> None:
-    """Raise PlacementError if the cluster, even when idle, cannot hold the plan. `resources`: its "CPU" and "GPU"."""
+    """Raise PlacementError if even the idle cluster, with these "CPU" and "GPU", cannot hold the plan."""
     for kind, noun, key in (("GPU", "GPUs", "gpus"), ("CPU", "CPUs", "processes")):
         there = resources.get(kind, 0.0)
         asked = {spec.name: bundle(spec).get(kind, 0.0) * spec.num_processes for spec in specs}
@@ -42,12 +42,14 @@ def check(specs: Sequence[GroupSpec], resources: Mapping[str, float]) -> None:
         if total > there:
             parts = ", ".join(f"{name} {count:g}" for name, count in asked.items() if count)
             raise PlacementError(
-                f"asked for {total:g} {noun} ({parts}), the cluster has {there:g}; every group keeps its own for the "
-                "whole run: lower the numbers, or put more roles into one group"
+                f"asked for {total:g} {noun} ({parts}), the cluster has {there:g}; every group keeps "
+                "its own for the whole run: lower the numbers, or put more roles into one group"
             )
 
 
-def shortage(specs: Sequence[GroupSpec], total: Mapping[str, float], free: Mapping[str, float], waited_s: float) -> str:
+def shortage(
+    specs: Sequence[GroupSpec], total: Mapping[str, float], free: Mapping[str, float], waited_s: float
+) -> str:
     """Why a plan that fits an idle cluster did not get its place."""
     asked = {kind: count for kind, count in needed(specs).items() if count}
     rows = ", ".join(
@@ -56,6 +58,6 @@ def shortage(specs: Sequence[GroupSpec], total: Mapping[str, float], free: Mappi
     )
     return (
         f"no place for groups {', '.join(repr(spec.name) for spec in specs)} within {waited_s:g} s "
-        f"(runtime.launch_timeout_s): asked for {rows}; somebody else holds the rest, or no single machine has "
-        "enough free for one process"
+        f"(runtime.launch_timeout_s): asked for {rows}; somebody else holds the rest, or no single "
+        "machine has enough free for one process"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import socket
 
-# Below the range from which Linux takes the ports of outgoing connections (32768-60999), so that a connection made
-# between finding a port and listening on it cannot take it; above the range of Ray's workers (10002-19999).
+# Below the range from which Linux takes the ports of outgoing connections (32768-60999), so that a connection
+# made between finding a port and listening on it cannot take it; above the range of Ray's workers
+# (10002-19999).
 FIRST, LAST = 20500, 32500
 _ATTEMPTS = 200
 

@@ -1,17 +1,17 @@
 """Groups of Ray actors: one placement group per group, one actor per process.
 
-Here: the cluster (ours for the run, or one that is there already), the actors, calls and their failures, and taking
-everything down. Not here: what happens inside an actor (`ray_host.py`), and whether the plan fits (`placement.py`).
+Here: the cluster (ours for the run, or one that is there already), the actors, calls and their failures, and
+taking everything down. Not here: what happens inside an actor (`ray_host.py`), and whether the plan fits
+(`placement.py`).
 
-A cluster of our own listens on the loopback interface only and keeps its files in a folder that goes with it; a
-watchdog (`watchdog.py`) ends its processes even when the controller is killed.
+A cluster of our own listens on the loopback interface only and keeps its files in a folder that goes with it;
+a watchdog (`watchdog.py`) ends its processes even when the controller is killed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: no usage reports
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # we hide the GPUs from actors that have none ourselves
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # we hide the GPUs from actors without any
 
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
@@ -59,13 +59,15 @@ log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _CLOSE_S = 10.0  # for the workers' own `close` when a run ends well
-_GRACE_S = 3.0  # after a rank failed, for the others: a process that died makes its peers fail at the same time
+_GRACE_S = 3.0  # after a rank failed, for the others: a process that dies makes its peers fail too
 _LONGEST_ROOT = 20  # characters; the path of a Unix socket in a Ray session has 107 at most
+_SLICE_S = 0.5  # of a wait that cannot be interrupted
 _STORE_MB = 256  # object store, beside the weights in flight
 _BUCKETS_IN_FLIGHT = 3
 _STDERR_LINES = 20
 
-# What an actor takes over from the controller's environment. Nothing that may hold a secret: Ray writes it to its logs.
+# What an actor takes over from the controller's environment. Nothing that may hold a secret: Ray writes it to
+# its logs.
 _PASSED_ON = (
     "RLHF_FAULTS",
     "HF_HOME",
@@ -79,7 +81,7 @@ _PASSED_ON = (
 
 
 def launch_ray(specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> Groups:
-    """See `rlhf.runtime.groups.launch`. All groups come up at the same time, within runtime.launch_timeout_s."""
+    """See `rlhf.runtime.groups.launch`. All groups come up at the same time, under one deadline."""
     deadline = time.monotonic() + runtime.launch_timeout_s
     cluster = Cluster(specs, runtime)
     groups: list[RayGroup] = []
@@ -101,16 +103,16 @@ def launch_ray(specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> Groups:
 
 
 def _wait_for_places(groups: Sequence[RayGroup], deadline: float, runtime: RuntimeConfig) -> None:
-    waiting = [group.place.ready() for group in groups]
-    _, late = ray.wait(waiting, num_returns=len(waiting), timeout=max(0.0, deadline - time.monotonic()))
-    if late:
-        specs = [group.spec for group, ref in zip(groups, waiting, strict=True) if ref in late]
-        total, free = ray.cluster_resources(), ray.available_resources()
-        raise LaunchError(placement.shortage(specs, total, free, runtime.launch_timeout_s))
+    for group in groups:
+        while not group.place.wait(_SLICE_S):  # in slices: it does not hear Ctrl-C while it waits
+            if time.monotonic() > deadline:
+                late = [g.spec for g in groups if not g.place.wait(0)]
+                total, free = ray.cluster_resources(), ray.available_resources()
+                raise LaunchError(placement.shortage(late, total, free, runtime.launch_timeout_s))
 
 
 class Cluster:
-    """The Ray cluster of this run: one that is in use in this process, one at an address, or one of our own."""
+    """The cluster of this run: the one this process is connected to, one at an address, or our own."""
 
     def __init__(self, specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> None:
         self.address: str | None = None  # of rank 0 of every group; None = ask the actor
@@ -134,8 +136,8 @@ class Cluster:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RayError, ValueError) as error:
                 raise LaunchError(
-                    f"no Ray cluster at runtime.ray_address={address!r} ({error}); start one with `ray start --head`, "
-                    "or leave ray_address out to get one for this run"
+                    f"no Ray cluster at runtime.ray_address={address!r} ({error}); start one with "
+                    "`ray start --head`, or leave ray_address out to get one for this run"
                 ) from error
 
     def _start(self, specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> None:
@@ -196,7 +198,7 @@ class _Folder:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Around ray.init: it replaces the SIGTERM handler, and Ctrl-C in the middle of it would leave it half started."""
+    """Around ray.init, which replaces the SIGTERM handler and must not be cut short by Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -214,9 +216,9 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Around ray.init: this constant, which Ray itself sets on macOS, keeps every server on the loopback interface.
+    """Around ray.init: keeps every server on the loopback interface, by a constant that Ray sets on macOS.
 
-    Without it Ray replaces 127.0.0.1 by the address of the network card and its servers listen on every interface.
+    Without it Ray replaces 127.0.0.1 by the address of the network card and listens on every interface.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -234,11 +236,12 @@ class RayGroup:
         self.name, self.roles, self.size, self.device = spec.name, spec.roles, spec.num_processes, spec.device
         self.address = ""
         self.processes: list[Identity] = []
-        self.place: PlacementGroup = placement_group([placement.bundle(spec)] * spec.num_processes, strategy="PACK")
+        bundles = [placement.bundle(spec)] * spec.num_processes
+        self.place: PlacementGroup = placement_group(bundles, strategy="PACK")
         self._timeout_s = runtime.call_timeout_s
         self._actors: list[Any] = []
 
-    # -- coming up -------------------------------------------------------------------------------------------------
+    # -- coming up -------------------------------------------------------------------------------------------
 
     def start_actors(self, address: str | None) -> None:
         """Ask for the processes; `address` = None lets rank 0 say where it is."""
@@ -251,7 +254,7 @@ class RayGroup:
                 num_gpus=reserved.get("GPU", 0),
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, rank),
                 runtime_env={"env_vars": actor_environment(self.spec)},
             ).remote(os.getcwd(), [os.path.abspath(entry) for entry in sys.path])
             for rank in range(self.size)
@@ -260,14 +263,21 @@ class RayGroup:
     def introduce(self, deadline: float) -> None:
         """Wait for the processes and learn who they are."""
         refs = [actor.identity.remote() for actor in self._actors]
-        _, late = ray.wait(refs, num_returns=len(refs), timeout=max(0.0, deadline - time.monotonic()))
+        late = refs
+        while late:
+            done, late = _first_done(late, deadline)
+            if not done:
+                break
         if late:
             ranks = ", ".join(str(refs.index(ref)) for ref in late)
-            raise LaunchError(f"group {self.name!r}: no process for rank {ranks} within runtime.launch_timeout_s")
+            raise LaunchError(
+                f"group {self.name!r}: no process for rank {ranks} within runtime.launch_timeout_s"
+            )
         try:
             self.processes = ray.get(refs)
             if not self.address:
-                self.address = ray.get(self._actors[0].__ray_call__.remote(lambda host: get_node_ip_address()))
+                where = self._actors[0].__ray_call__.remote(lambda host: get_node_ip_address())
+                self.address = ray.get(where)
         except RayError as error:
             raise LaunchError(f"group {self.name!r}: a process did not start: {error}") from error
 
@@ -285,7 +295,7 @@ class RayGroup:
         # a process sees only the GPU that Ray gave it, so the index of its device is 0
         return ProcessInfo(self.name, rank, self.size, 0, self.address, port, self.device)
 
-    # -- calls -----------------------------------------------------------------------------------------------------
+    # -- calls -----------------------------------------------------------------------------------------------
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return self.start(method, *args, **kwargs).wait()
@@ -301,7 +311,9 @@ class RayGroup:
 
     def start_each(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> RayPending:
         if len(args_per_rank) != self.size:
-            raise ValueError(f"group {self.name!r}: arguments for {len(args_per_rank)} ranks, it has {self.size}")
+            raise ValueError(
+                f"group {self.name!r}: arguments for {len(args_per_rank)} ranks, it has {self.size}"
+            )
         return self._start(method, args_per_rank, {})
 
     def _start(self, method: str, args: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> RayPending:
@@ -315,7 +327,7 @@ class RayGroup:
         process = self.processes[rank]
         return f"group {self.name!r}: rank {rank} (pid {process.pid} on {process.hostname})"
 
-    # -- going down ------------------------------------------------------------------------------------------------
+    # -- going down ------------------------------------------------------------------------------------------
 
     def close(self, *, graceful: bool = True) -> None:
         try:
@@ -361,11 +373,26 @@ def _python_path() -> list[str]:
     return path
 
 
+def _first_done(
+    refs: Sequence[ray.ObjectRef], deadline: float
+) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+    """(the first that is done, the others), or ([], all) at the deadline."""
+    try:
+        return ray.wait(refs, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+    except SystemError as error:  # what Ray makes of an exception that a signal's handler raises
+        raise (error.__cause__ or error.__context__ or error) from None
+
+
 class RayPending:
     """One call, on its way on every rank."""
 
     def __init__(
-        self, group: RayGroup, method: str, refs: Sequence[Sequence[ray.ObjectRef]], timeout_s: float, limit: str
+        self,
+        group: RayGroup,
+        method: str,
+        refs: Sequence[Sequence[ray.ObjectRef]],
+        timeout_s: float,
+        limit: str,
     ) -> None:
         self._group, self._method, self._timeout_s, self._limit = group, method, timeout_s, limit
         self._statuses = [status for status, _ in refs]
@@ -377,7 +404,9 @@ class RayPending:
         try:
             return ray.get(self._values)
         except RayError as error:
-            raise GroupError(f"group {self._group.name!r}: the result of {self._method}() is lost: {error}") from error
+            raise GroupError(
+                f"group {self._group.name!r}: the result of {self._method}() is lost: {error}"
+            ) from error
 
     def handle(self, rank: int = 0) -> ray.ObjectRef:
         return self._values[rank]
@@ -386,7 +415,7 @@ class RayPending:
         waiting = list(self._statuses)
         deadline = time.monotonic() + timeout_s
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            done, waiting = _first_done(waiting, deadline)
             if not done:
                 return False
             if isinstance(self._look(self._statuses.index(done[0]), relay=False), _Failure):
@@ -400,7 +429,7 @@ class RayPending:
         deadline = time.monotonic() + limit_s
         waiting, failures = list(self._statuses), []
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            done, waiting = _first_done(waiting, deadline)
             if not done:
                 break
             outcome = self._look(self._statuses.index(done[0]), relay=True)
@@ -437,11 +466,11 @@ class RayPending:
         if worst.broken is not None:
             raise GroupError(f"{self._group.describe(worst.rank)} failed in {self._method}(): {worst.broken}")
         cause = RemoteTraceback(worst.failed.text, group=name, rank=worst.rank, method=self._method)
-        if worst.failed.pickled is None:
+        if worst.failed.error is None:
             raise GroupError(
                 f"{self._group.describe(worst.rank)} raised in {self._method}(): {worst.failed.summary}"
             ) from cause
-        raise pickle.loads(worst.failed.pickled) from cause
+        raise worst.failed.error from cause
 
     def _obituary(self, dead: _Failure, others: Sequence[str]) -> str:
         parts = [f"{self._group.describe(dead.rank)} died during {self._method}(): {_reason(dead.died)}"]
@@ -482,10 +511,10 @@ class _Failure:
 
 def _reason(error: RayActorError) -> str:
     """What Ray knows about the end of a process; of a sudden end it knows the closed connection only."""
-    detail = (str(error).rpartition("Worker exit detail:")[2] or str(error)).partition(" Some common causes")[0]
+    detail = str(error).rpartition("Worker exit detail:")[2] or str(error)
     if "connection error code" in detail:
         return "its process ended suddenly: killed, out of memory, or crashed"
-    return detail.strip()
+    return detail.partition(" Some common causes")[0].strip()
 
 
 def _last_words(process: Identity, logs: Path | None) -> str:

@@ -1,16 +1,16 @@
 """What runs inside a Ray actor: one worker, and the reporting around it. Imports neither Ray nor torch.
 
-Every call answers with two values: a small `Status` (did it raise, what was logged) and the result, so that the
-controller can check a call without fetching its result. Also here: how the controller looks at such a process on its
-own machine (state, stacks).
+Every call answers with two values: a small `Status` (did it raise, what was logged) and the result, so that
+the controller can check a call without fetching its result. Also here: how the controller looks at such a
+process on its own machine (state, stacks).
 """
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import logging
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -43,7 +43,7 @@ class Identity:
 class Failed:
     """An exception on its way to the controller."""
 
-    pickled: bytes | None  # None where it cannot be pickled
+    error: Exception | None  # None where it cannot be made again in another process
     summary: str  # "ValueError: ..."
     text: str  # the traceback as text
     time_s: float  # when, to tell the first failure of several from its consequences
@@ -75,7 +75,8 @@ class Host:
 
     def identity(self) -> Identity:
         pid = os.getpid()
-        return Identity(this_machine(), socket.gethostname(), pid, process_started(pid), self._stacks.fileno())
+        stacks = self._stacks.fileno()
+        return Identity(this_machine(), socket.gethostname(), pid, process_started(pid), stacks)
 
     def free_port(self, address: str) -> int:
         return free_port(address)
@@ -102,7 +103,7 @@ class Host:
         try:
             result = action()
         except Exception as error:  # goes to the controller, which raises it
-            failed = Failed(_pickled(error), _summary(error), traceback.format_exc(), time.time())
+            failed = Failed(_portable(error), _summary(error), traceback.format_exc(), time.time())
         terminated, self._terminated = self._terminated, False
         return Status(failed, self._logs.take(), terminated), result
 
@@ -126,21 +127,20 @@ class _LogBuffer(logging.Handler):
         return taken
 
 
-def _pickled(error: Exception) -> bytes | None:
-    """The exception, if it survives the journey: some cannot be pickled, some cannot be unpickled."""
+def _portable(error: Exception) -> Exception | None:
+    """The exception without its frames, if it can be made again from what it says about itself: not every
+    class can, for example one whose constructor wants keywords."""
     try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
+        return copy.deepcopy(error)
     except Exception:  # any class may fail in any way here; the traceback travels as text in every case
         return None
-    return data
 
 
 def _summary(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(type(error), error)).strip()
 
 
-# -- looking at a process from outside ---------------------------------------------------------------------------------
+# -- looking at a process from outside -----------------------------------------------------------------------
 
 
 def this_machine() -> str:
@@ -158,7 +158,7 @@ def process_started(pid: int) -> str:
 
 
 def process_state(process: Identity) -> str:
-    """"running", "stopped", "gone", or "unknown" on another machine."""
+    """ "running", "stopped", "gone", or "unknown" on another machine."""
     if not process.machine or process.machine != this_machine():
         return "unknown"
     fields = _stat(process.pid)

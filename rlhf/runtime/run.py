@@ -151,7 +151,7 @@ def _run_stages(
         tracker.close("finished")
     except BaseException as error:
         if tracker is not None:
-            tracker.close(_STATUS.get(type(error), "failed"), reason=type(error).__name__)
+            tracker.close(_STATUS.get(type(error), "failed"), reason=f"{type(error).__name__}: {error}")
         raise
 
 
@@ -176,6 +176,10 @@ def _run_stage(
     tracker.begin_stage(
         plan.name, method=recipe.method, first_step=offset + 1, last_step=offset + total_steps
     )
+    for name, dataset in {"training set": data, **eval_sets}.items():
+        left_out = [f"{n} {what}" for what, n in dataset.counts.items() if n and what != "kept"]
+        if left_out:
+            tracker.warn(f"{name}: {len(dataset)} rows kept, {', '.join(left_out)}".replace("_", " "))
     tracker.phase("starting processes and loading models")
     with launch(_specs(recipe, updates, objects), recipe.runtime) as groups:
         clock, micro = Clock(), trainer.micro_batch_tokens

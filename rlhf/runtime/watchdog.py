@@ -1,8 +1,9 @@
 """Ends everything that belongs to a Ray cluster of our own, however its controller ended.
 
-Run as a script, as a child of the controller: `watchdog.py MARK FOLDER PARENT`. When its standard input closes, or when its
-parent is gone (kill -9), it kills every process whose environment holds MARK and removes FOLDER. Ray ends most of its
-processes by itself; its agents stay for a while after their controller was killed, and a stopped process for ever.
+Run as a script, as a child of the controller: `watchdog.py MARK FOLDER PARENT`. When its standard input
+closes, or when its parent is gone (kill -9), it kills every process whose environment holds MARK and removes
+FOLDER. Ray ends most of its processes by itself; its agents stay for a while after their controller was
+killed, and a stopped process for ever.
 
 Imports the standard library only. Where there is no /proc it removes the folder and no more.
 """

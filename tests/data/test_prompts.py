@@ -256,6 +256,16 @@ def test_a_tokenizer_with_an_unknown_token_does_not_hide_unknown_characters() ->
         _load(tokenizer, [{"prompt": "ab"}])
 
 
+def test_an_invisible_character_may_vanish_or_be_unknown() -> None:
+    """Catches a crash of the tokenizer in the middle of loading, and rows lost to a zero-width space."""
+    assert (
+        _load(_characters(), [{"prompt": "a\u200bb"}])[0].token_ids
+        == _load(_characters(), [{"prompt": "ab"}])[0].token_ids
+    )
+    with pytest.raises(ValueError, match="does not know"):
+        _load(build_tokenizer(BuildTokenizerConfig()), [{"prompt": "1\u200b2"}])
+
+
 def test_a_byte_level_tokenizer_knows_everything() -> None:
     data = _load(_bytes(), [{"prompt": "\u00e9\u4e2d\U0001f600\u200b\n\t one"}])
     assert _bytes().decode(data[0].token_ids) == "\u00e9\u4e2d\U0001f600\u200b\n\t one"

@@ -58,7 +58,7 @@ def _with_reward(tiny: dict, tmp_path, body: str) -> dict:
     [
         ("return [1.0]", ["judge", "1"]),
         ("return ['yes'] * len(responses)", ["judge", "yes"]),
-        ("return [None] * len(responses)", ["judge", "5 %"]),
+        ("return [None] * len(responses)", ["judge", "5%"]),
     ],
 )
 def test_reward_that_breaks_its_contract_stops_the_run(tiny, train, tmp_path, body, says):

@@ -14,13 +14,13 @@ FUNCTIONS = {silu: F.silu, gelu_tanh: lambda x: F.gelu(x, approximate="tanh")}
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_row_does_not_depend_on_number_of_rows(function, width, dtype):
     """Would catch: the fused kernel's other rounding of a share's last elements (widths 48 and 100)."""
-    x = (torch.randn(1200, width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x = (torch.randn(500, width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             whole = function(x)
-            for rows in (1, 3, 7):
+            for rows in (1, 7):
                 parts = torch.cat([function(part) for part in x.split(rows)])
                 assert torch.equal(whole, parts), (threads, rows)
     finally:

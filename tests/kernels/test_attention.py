@@ -10,7 +10,14 @@ from rlhf.kernels import attention
 from rlhf.kernels.attention import Plan, packed_attention, paged_attention, write_kv
 
 HEADS = [(4, 4), (6, 2), (5, 1)]
-OPTIONS = [{}, {"window": 9}, {"window": 150}, {"softcap": 3.0}, {"sinks": True}, {"window": 5, "softcap": 2.0}]
+OPTIONS = [
+    {},
+    {"window": 9},
+    {"window": 150},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"window": 5, "softcap": 2.0},
+]
 LENGTHS = [5, 1, 30, 17, 33, 2, 150]
 
 
@@ -38,7 +45,10 @@ def slow(q, k, v, lengths, scale, window=None, softcap=None, sinks=None):
 def make(lengths, heads, dtype=torch.float32, dim=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n = sum(lengths)
-    return [torch.randn(n, h, dim, generator=generator, dtype=torch.float64).to(dtype) for h in (heads[0], heads[1], heads[1])]
+    return [
+        torch.randn(n, h, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for h in (heads[0], heads[1], heads[1])
+    ]
 
 
 def with_sinks(options, heads, dtype):
@@ -54,7 +64,9 @@ def ends(lengths):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_values_and_gradients(heads, options, monkeypatch):
-    """Would catch: a window off by one, heads matched to the wrong keys, a gradient lost at a cut between pieces."""
+    """Would catch: a window off by one, heads matched to the wrong keys, a gradient lost at a cut between
+    pieces.
+    """
     monkeypatch.setattr(attention, "_MAX_QUERIES", 16)  # several pieces of one sequence
     lengths = [5, 1, 30, 17, 2]
     inputs = [t.requires_grad_() for t in make(lengths, heads, torch.float64, dim=8)]
@@ -86,7 +98,9 @@ class Pages:
     def __init__(self, k, v, lengths, page_tokens, seed=0):
         counts = [-(-n // page_tokens) for n in lengths]
         order = np.random.default_rng(seed).permutation(sum(counts) + 3)
-        self.k = torch.full((len(order), k.shape[1], page_tokens, k.shape[2]), 7.0, dtype=k.dtype)  # stale, but finite
+        self.k = torch.full(
+            (len(order), k.shape[1], page_tokens, k.shape[2]), 7.0, dtype=k.dtype
+        )  # stale, but finite
         self.v = self.k.clone()
         self.table = np.full((len(lengths), max(counts)), -1)
         slots, used = [], 0
@@ -99,7 +113,13 @@ class Pages:
 
     def attend(self, q, query_lens, context_lens, **options):
         return paged_attention(
-            q, self.k, self.v, torch.from_numpy(self.table), torch.tensor(context_lens), torch.tensor(ends(query_lens)), **options
+            q,
+            self.k,
+            self.v,
+            torch.from_numpy(self.table),
+            torch.tensor(context_lens),
+            torch.tensor(ends(query_lens)),
+            **options,
         )
 
 
@@ -164,7 +184,11 @@ def test_a_window_reads_only_its_own_tiles():
 def test_padding_is_bounded():
     """Would catch: one long context that makes every short one pay."""
     context = [2000] * 3 + [20] * 200
-    blocks = Plan([1] * 203, context, page_table=np.zeros((203, 125), int), page_tokens=16).layout(2, 2, None).blocks
+    blocks = (
+        Plan([1] * 203, context, page_table=np.zeros((203, 125), int), page_tokens=16)
+        .layout(2, 2, None)
+        .blocks
+    )
     assert sum(b.num_pieces * b.num_keys for b in blocks) < 1.5 * (3 * 2000 + 200 * 32)
 
 

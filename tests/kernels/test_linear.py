@@ -75,7 +75,9 @@ def test_pack_follows_writes_that_it_can_see():
 
 
 def test_pack_is_not_copied_with_its_module():
-    """Would catch: a reference model that keeps the actor's pack, and deepcopy failing on an opaque tensor."""
+    """Would catch: a reference model that keeps the actor's pack, and deepcopy failing on an opaque
+    tensor.
+    """
     cache = PackedWeight()
     cache.update(torch.randn(4, 4))
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):

@@ -8,7 +8,8 @@ from rlhf.kernels.logprob import log_softmax, token_logprobs
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def seeded_and_in_small_chunks(monkeypatch):
+    torch.manual_seed(0)
     monkeypatch.setattr(logprob, "_CHUNK_ELEMENTS", 200)  # several chunks, the last one ragged
 
 
@@ -23,28 +24,36 @@ def slow(logits, targets, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, torch.tensor([0.5, 1.0, 2.0] * 7)])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
 def test_values_and_gradients(dtype, tolerance, temperature):
-    """Would catch: a temperature applied twice or in the wrong place, a chunk left out, entropy's wrong gradient."""
+    """Would catch: a temperature applied twice or in the wrong place, a chunk left out, entropy's wrong
+    gradient.
+    """
     logits = torch.randn(21, 37).to(dtype).requires_grad_()
     targets = torch.randint(37, (21,))
     got = token_logprobs(logits, targets, temperature, entropy=True)
     exact = logits.detach().double().requires_grad_()
-    per_row = temperature if isinstance(temperature, torch.Tensor) else torch.full((21,), temperature)
-    want = slow(exact, targets, per_row.double())
+    per_row = torch.as_tensor(temperature, dtype=torch.float64).expand(21)
+    want = slow(exact, targets, per_row)
     for a, b in zip(got, want):
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.allclose(a.double(), b, atol=tolerance)
     weights = torch.randn(2, 21, dtype=torch.float64)
     (got_grad,) = torch.autograd.grad(sum((a * w.to(a.dtype)).sum() for a, w in zip(got, weights)), logits)
     (want_grad,) = torch.autograd.grad(sum((b * w).sum() for b, w in zip(want, weights)), exact)
-    assert torch.allclose(got_grad.double(), want_grad, atol=max(tolerance, 1e-2 if dtype == torch.bfloat16 else 0))
+    assert torch.allclose(
+        got_grad.double(), want_grad, atol=max(tolerance, 1e-2 if dtype == torch.bfloat16 else 0)
+    )
 
 
 def test_gradcheck():
     """Would catch: a gradient that is wrong where probabilities are far from uniform."""
     logits = (torch.randn(5, 9, dtype=torch.float64) * 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, torch.tensor([0, 3, 8, 8, 1]), 0.7, entropy=True), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: token_logprobs(x, torch.tensor([0, 3, 8, 8, 1]), 0.7, entropy=True), logits
+    )
 
 
 @pytest.mark.parametrize("vocab", [24, 61, 1003])

@@ -97,7 +97,7 @@ def test_nucleus_wider_than_the_first_look(monkeypatch):
 
 
 def test_a_row_does_not_depend_on_the_others():
-    # catches reductions or thresholds that see the batch; bit for bit, alone and among rows with other parameters
+    # catches reductions or thresholds that see the batch; bit for bit
     rows = make_rows(1)
     together = call(rows)
     for i in range(ROWS):

@@ -1,4 +1,4 @@
-"""Tiny models of several architectures, prepared for the engine, beside stock copies with the same weights."""
+"""Tiny models of several architectures, prepared for the engine, beside stock copies."""
 
 import copy
 
@@ -40,7 +40,9 @@ def build(name, dtype=torch.float32):
     config_name, extra = CONFIGS[name]
     config = getattr(transformers, config_name)(**{**_COMMON, **extra})
     torch.manual_seed(0)
-    stock = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+    stock = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=dtype
+    ).eval()
     prepared = copy.deepcopy(stock)
     prepared.set_attn_implementation("rlhf")
     prepare_linears(prepared)

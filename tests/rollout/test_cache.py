@@ -51,7 +51,7 @@ def test_a_page_is_never_handed_out_twice():
 
 
 def test_cached_pages_are_found_until_their_room_is_needed():
-    # catches eviction of the wrong page: the least recently used prefix goes first, and its tail before its head
+    # catches eviction of the wrong page: the least recently used prefix first, its tail before its head
     pool = make_pool(4)
     old, new = pool.take(2), pool.take(2)
     pool.remember(old, [b"old0", b"old1"])
@@ -114,7 +114,7 @@ def test_digests_depend_on_version_and_on_everything_before():
 
 
 def test_pages_grow_with_their_contents_and_start_at_zero():
-    # catches uninitialised memory (0 * NaN in a masked position is NaN) and contents lost when the cache grows
+    # catches uninitialised memory (0 * NaN in a masked position is NaN) and contents lost in growth
     pages = KVPages([(2, 3), (1, 4)], 4, torch.float32, torch.device("cpu"))
     assert pages.page_bytes == 2 * 4 * 4 * (2 * 3 + 1 * 4)
     pages.grow(2)

@@ -10,7 +10,15 @@ from rlhf.rng import key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
 
 VOCAB, CONTEXT = 48, 96
-PROMPTS = [(1,), (5, 6, 7), tuple(range(16)), tuple(range(2, 42)), (9,) * 17, (3, 1, 4, 1, 5, 9, 2, 6), (40, 41)]
+PROMPTS = [
+    (1,),
+    (5, 6, 7),
+    tuple(range(16)),
+    tuple(range(2, 42)),
+    (9,) * 17,
+    (3, 1, 4, 1, 5, 9, 2, 6),
+    (40, 41),
+]
 STOPS = (11, 23, 37)
 
 
@@ -53,7 +61,9 @@ def test_greedy_equals_transformers_generate(models, name):
     for prompt, (completion,) in zip(PROMPTS, out, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            full = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+            full = stock.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False
+            )
         assert completion.token_ids == tuple(full[0, len(prompt) :].tolist())
 
 
@@ -71,7 +81,9 @@ def test_logprobs_equal_a_full_forward_bit_for_bit(models, name, temperature):
             ids = torch.tensor([*request.prompt_ids, *c.token_ids])
             first = len(request.prompt_ids)
             with torch.no_grad(), packed_attention(pack_one(ids)):
-                logits = model(input_ids=ids[None], position_ids=torch.arange(len(ids))[None], use_cache=False).logits
+                logits = model(
+                    input_ids=ids[None], position_ids=torch.arange(len(ids))[None], use_cache=False
+                ).logits
             logprobs, _ = token_logprobs(logits[0, first - 1 : -1], ids[first:], temperature)
             assert torch.equal(torch.tensor(c.logprobs), logprobs)
             assert all(p >= r - 1e-6 for p, r in zip(c.processed_logprobs, c.logprobs, strict=True))
@@ -143,8 +155,12 @@ def test_results_do_not_depend_on_the_batch(models, expected):
     assert [engine.generate([r])[0] for r in requests] == expected
     assert engine.generate(requests[::-1]) == expected[::-1]
     others = [
-        dataclasses.replace(r, id=f"other{i}", params=SamplingParams(max_tokens=9, temperature=t, top_k=k, top_p=p))
-        for i, (r, t, k, p) in enumerate(zip(requests, [0, 0.5, 1.0, 2.0], [0, 3, 5, 0], [1, 1, 0.5, 0.9], strict=False))
+        dataclasses.replace(
+            r, id=f"other{i}", params=SamplingParams(max_tokens=9, temperature=t, top_k=k, top_p=p)
+        )
+        for i, (r, t, k, p) in enumerate(
+            zip(requests, [0, 0.5, 1.0, 2.0], [0, 3, 5, 0], [1, 1, 0.5, 0.9], strict=False)
+        )
     ]
     mixed = engine.generate([x for pair in zip(others, requests, strict=False) for x in pair])
     assert mixed[1::2] == expected[: len(others)]
@@ -192,9 +208,8 @@ def test_new_weights_are_used_at_once(fresh_model):
     engine = make_engine(fresh_model)
     requests = make_requests(n=2)
     before = engine.generate(requests)
-    with torch.no_grad():
-        for p in fresh_model.parameters():
-            p.mul_(1.1)
+    for p in fresh_model.parameters():
+        p.data.mul_(1.1)  # as an optimiser does it: nothing about the tensor tells that it changed
     engine.set_version(1)
     after = engine.generate(requests)
     assert engine.stats["cache/hit_frac"] == 0
@@ -355,7 +370,9 @@ def test_requests_that_cannot_run_are_refused(models):
         engine.generate([request("odd", [1, VOCAB])])
     with pytest.raises(ValueError, match="'odd': token id -1 is outside"):
         engine.generate([request("odd", [1, -1])])
-    with pytest.raises(ValueError, match="'big' needs up to 48 tokens of cache and there are 32; raise cache_tokens"):
+    with pytest.raises(
+        ValueError, match="'big' needs up to 48 tokens of cache and there are 32; raise cache_tokens"
+    ):
         engine.generate([request("big", [1] * 20, SamplingParams(max_tokens=20))])
     with pytest.raises(ValueError, match="page_tokens=24"):
         make_engine(models("qwen3")[0], page_tokens=24)
@@ -387,8 +404,11 @@ def test_a_fault_in_the_middle_leaves_a_working_engine(models, expected, monkeyp
     monkeypatch.setattr(faults, "_armed", [("rollout.mid", "*", "raise")])
     calls = []
     with pytest.raises(faults.InjectedFault):
-        engine.generate(make_requests(n=5, stop_ids=STOPS), on_progress=lambda done, total: calls.append(done))
+        engine.generate(
+            make_requests(n=5, stop_ids=STOPS), on_progress=lambda done, total: calls.append(done)
+        )
     assert 0 < calls[-1] < 35
+    assert engine._pool.num_in_use == 0
     assert engine.generate(make_requests(n=5, stop_ids=STOPS)) == expected
 
 

@@ -10,11 +10,15 @@ from rlhf.rollout.scheduler import Scheduler
 
 
 def run(prompt_lengths, *, n=1, max_tokens=6, num_pages=64, check=None, pool=None, version=0, **config):
-    """Schedule and commit to the end; every drawn token is its sample's row number. Returns all that happened."""
+    """Schedule and commit to the end; every drawn token is its sample's row number. Returns all that
+    happened.
+    """
     config = {"page_tokens": 4, "max_batch_tokens": 64, "max_sequences": 32, "prefix_cache": False} | config
     config = EngineConfig(**config)
     params = SamplingParams(max_tokens=max_tokens)
-    requests = [Request(f"r{i}", tuple(range(length)), params, (0,) * n) for i, length in enumerate(prompt_lengths)]
+    requests = [
+        Request(f"r{i}", tuple(range(length)), params, (0,) * n) for i, length in enumerate(prompt_lengths)
+    ]
     samples = Samples(requests, page_tokens=config.page_tokens, context=10_000)
     if pool is None:
         pool = PagePool(0)
@@ -51,8 +55,9 @@ def test_a_group_is_prefilled_once_and_shares_full_pages():
     # catches a fork that prefills per sample, copies full pages, or shares the partial one
     steps, samples, pool, _ = run([10], n=4, max_tokens=2)
     assert [len(c.prefill.token_ids) for s, _ in steps for c in s.chunks] == [10]
-    sources, targets, width = steps[0][1]
-    assert len(sources) == len(set(targets)) == 3 and len(set(sources)) == 1 and width == 2
+    copies = steps[0][1]
+    assert len(copies.sources) == len(set(copies.targets)) == 3
+    assert len(set(copies.sources)) == 1 and copies.num_tokens == 2
     assert (samples.table[:, :2] == samples.table[0, :2]).all() and len(set(samples.table[:, 2])) == 4
     assert pool.peak_in_use == 2 + 4
     assert pool.num_in_use == 0 and (pool.references == 0).all()
@@ -61,7 +66,7 @@ def test_a_group_is_prefilled_once_and_shares_full_pages():
 def test_a_prompt_that_fills_its_pages_needs_no_copy():
     # catches a copy (and a wasted page) where the prompt ends on a page's border
     steps, _, pool, _ = run([8], n=3, max_tokens=1)
-    assert steps[0][1] == ([], [], 0)
+    assert steps[0][1].sources == []
     assert pool.peak_in_use == 2
 
 
@@ -108,11 +113,21 @@ def test_a_group_larger_than_the_engine_is_split():
     assert sum(c.is_last for s, _ in steps for c in s.chunks) == 3
 
 
+def test_a_prefill_gives_way_to_decoding_and_starts_again():
+    # catches pages lost with a long prefill that is interrupted because decoding samples grow
+    steps, _, pool, scheduler = run([4, 60], max_tokens=40, num_pages=25, max_batch_tokens=2)
+    assert scheduler.num_preempted > 0
+    assert sum(c.start == 0 and len(c.prefill.token_ids) == 60 for s, _ in steps for c in s.chunks) == 2
+    assert pool.num_in_use == 0
+
+
 def test_a_cache_as_large_as_the_work_is_never_the_limit():
     # catches an admission that holds back more pages than the samples can use: everything must run at once
     own = -(-(10 + 6 - 1) // 4)
-    steps, _, _, scheduler = run([10] * 5, n=4, max_tokens=6, num_pages=5 * 4 * own, max_batch_tokens=256)
+    steps, _, _, scheduler = run([10] * 5, n=4, num_pages=5 * 4 * own, max_batch_tokens=256)
     assert scheduler.num_preempted == 0 and len(steps) == 6
+    steps, _, _, _ = run([5] * 5, n=4, num_pages=20, page_tokens=16, max_batch_tokens=22, max_tokens=11)
+    assert max(len(s.decoding) for s, _ in steps) == 20
 
 
 def test_prefix_cache_serves_full_pages_under_the_same_version_only():

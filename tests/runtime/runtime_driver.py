@@ -1,4 +1,4 @@
-"""A controller with a Ray cluster of its own, ended by the tests in several ways: `python runtime_driver.py HOW`."""
+"""A controller with a Ray cluster of its own, which the tests end in several ways."""
 
 from __future__ import annotations
 

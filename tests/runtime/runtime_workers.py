@@ -57,7 +57,10 @@ class Recorder:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "cwd": os.getcwd(),
-            "env": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")},
+            "env": {
+                name: os.environ.get(name)
+                for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")
+            },
         }
 
     def shadowed(self):

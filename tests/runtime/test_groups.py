@@ -25,7 +25,7 @@ def spec(name="g", roles=("actor",), num_processes=1, gpus=0, **kwargs) -> Group
     return GroupSpec(name, tuple(roles), num_processes, gpus, WORKER, kwargs)
 
 
-# -- local groups ------------------------------------------------------------------------------------------------
+# -- local groups --------------------------------------------------------------------------------------------
 
 
 def test_calls_reach_the_worker_and_keep_their_order():
@@ -145,15 +145,17 @@ def test_a_group_that_cannot_be_is_refused(changes, message):
 def test_groups_load_neither_ray_nor_torch():
     """`rlhf train` imports this before the recipe's placement is known to need either."""
     code = (
-        "import sys, rlhf.runtime, rlhf.runtime.groups, rlhf.runtime.placement, rlhf.runtime.local, rlhf.runtime.ports;"
+        "import sys, rlhf.runtime.groups, rlhf.runtime.placement, rlhf.runtime.local, rlhf.runtime.ports;"
         "print([name for name in ('ray', 'torch', 'deepspeed') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
-# -- placement ---------------------------------------------------------------------------------------------------
+# -- placement -----------------------------------------------------------------------------------------------
 
 
 def test_one_group_larger_than_the_cluster_is_named():
@@ -163,7 +165,10 @@ def test_one_group_larger_than_the_cluster_is_named():
 
 def test_groups_that_fit_alone_but_not_together_are_refused():
     """Groups live at the same time: two of 3 on 4 GPUs would wait for ever."""
-    plan = [spec("train", num_processes=3, gpus=3), spec("sample", roles=("rollout",), num_processes=3, gpus=3)]
+    plan = [
+        spec("train", num_processes=3, gpus=3),
+        spec("sample", roles=("rollout",), num_processes=3, gpus=3),
+    ]
     with pytest.raises(PlacementError, match=r"asked for 6 GPUs \(train 3, sample 3\), the cluster has 4"):
         placement.check(plan, {"CPU": 64, "GPU": 4})
     placement.check(plan, {"CPU": 64, "GPU": 6})
@@ -174,7 +179,7 @@ def test_processes_without_gpus_need_cpus():
         placement.check([spec("train", num_processes=3)], {"CPU": 2})
 
 
-# -- ports -------------------------------------------------------------------------------------------------------
+# -- ports ---------------------------------------------------------------------------------------------------
 
 
 def test_a_port_in_use_is_not_free():

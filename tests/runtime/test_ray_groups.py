@@ -40,8 +40,8 @@ def spec(name: str, roles: tuple[str, ...], num_processes: int = 1, **kwargs) ->
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Room for 5 processes. `launch` uses it, because this process is connected to it."""
-    cluster = Cluster([spec("room", ("actor",), 5)], RUNTIME)
+    """Room for 7 processes. `launch` uses it, because this process is connected to it."""
+    cluster = Cluster([spec("room", ("actor",), 7)], RUNTIME)
     yield cluster
     cluster.stop()
 
@@ -133,13 +133,15 @@ def test_a_remote_exception_is_raised_here_with_its_place(groups):
 
 
 def test_an_exception_that_cannot_travel_arrives_as_text(groups):
-    with pytest.raises(GroupError, match=r"group 'one': rank 0 .* raised in stubborn\(\): .*cannot be pickled"):
+    with pytest.raises(
+        GroupError, match=r"group 'one': rank 0 .* raised in stubborn\(\): .*cannot be pickled"
+    ):
         groups["one"].call("stubborn")
 
 
 def test_warnings_of_a_worker_are_logged_here(groups, caplog):
     groups["pair"].call("warn")
-    assert [r.getMessage() for r in caplog.records if r.name == "rlhf.test"] == [
+    assert sorted(r.getMessage() for r in caplog.records if r.name == "rlhf.test") == [
         "[pair 0] take care",
         "[pair 1] take care",
     ]
@@ -193,12 +195,12 @@ def test_a_plan_that_the_cluster_cannot_hold_is_refused_at_once():
 def test_a_plan_that_others_keep_from_its_place_is_refused_at_the_deadline(groups):
     """A placement group waits for ever and in silence."""
     runtime = RUNTIME.model_copy(update={"launch_timeout_s": 1.0})
-    with pytest.raises(LaunchError, match="asked for 4 CPU of 5, 2 of them free"):
-        launch([spec("late", ("critic",), 4)], runtime)
+    with pytest.raises(LaunchError, match="groups 'late' within 1 s .* asked for 5 CPU of 7, 4 of them free"):
+        launch([spec("late", ("critic",), 5)], runtime)
 
 
 def test_a_dead_process_is_named_and_the_others_go_with_it():
-    """Its peers fail too, of a connection reset, and often first: the cause must be reported, not the consequence."""
+    """Its peers fail too, of a reset connection, and often first: report the cause, not the consequence."""
     with pytest.raises(DeadWorkerError) as caught:
         with launch([spec("doomed", ("critic",), 2)], RUNTIME) as groups:
             processes = groups["doomed"].processes

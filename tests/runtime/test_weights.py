@@ -59,7 +59,7 @@ def source_of(net: torch.nn.Module) -> WeightSource:
     return WeightSource(net.named_parameters, rank=0)
 
 
-# -- buckets -----------------------------------------------------------------------------------------------------
+# -- buckets -------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -78,7 +78,7 @@ def test_buckets_cover_every_byte_once_within_their_bound(sizes, bucket_bytes):
     assert all(bucket.num_bytes == bucket_bytes for bucket in buckets[:-1])
 
 
-# -- checksum ----------------------------------------------------------------------------------------------------
+# -- checksum ------------------------------------------------------------------------------------------------
 
 
 def slow_checksum(data: bytes) -> int:
@@ -103,7 +103,7 @@ def test_checksum_is_its_formula(data):
 
 
 def test_checksum_of_many_chunks_and_of_an_unaligned_slice():
-    """Chunks that forget their place, and a view of another type on memory that does not start at its multiple."""
+    """Chunks that forget their place; an 8-byte view of memory that does not start at a multiple of 8."""
     data = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert tensor_checksum(data[1:]) == tensor_checksum(data[1:].clone())
     swapped = data.clone()
@@ -121,12 +121,12 @@ def test_checksum_sees_every_bit(size, place, bit):
     assert tensor_checksum(torch.cat([data, torch.zeros(1, dtype=torch.uint8)])) != tensor_checksum(data)
 
 
-# -- source and sink ---------------------------------------------------------------------------------------------
+# -- source and sink -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 7, 100, 1 << 20])
 def test_weights_arrive_bit_for_bit_in_place(bucket_bytes):
-    """A tied weight sent under one name, a scalar, bf16 beside fp32, pieces over bucket borders; storage must stay."""
+    """A tied weight, a scalar, bf16 beside fp32, pieces over bucket borders; and storage stays."""
     sender, receiver = Net(0), Net(1)
     before = {name: p.data_ptr() for name, p in receiver.named_parameters()}
     sink = WeightSink(receiver)
@@ -237,7 +237,7 @@ def test_weights_are_copied_within_a_process():
         sink.check_clean()
 
 
-# -- publish -----------------------------------------------------------------------------------------------------
+# -- publish -------------------------------------------------------------------------------------------------
 
 
 def weight_spec(name: str, roles: tuple[str, ...], seed: int) -> GroupSpec:
@@ -246,7 +246,9 @@ def weight_spec(name: str, roles: tuple[str, ...], seed: int) -> GroupSpec:
 
 @pytest.fixture
 def pair():
-    with launch([weight_spec("train", ("actor",), 0), weight_spec("sample", ("rollout",), 1)], LOCAL) as groups:
+    with launch(
+        [weight_spec("train", ("actor",), 0), weight_spec("sample", ("rollout",), 1)], LOCAL
+    ) as groups:
         yield groups["train"], groups["sample"]
 
 

@@ -18,7 +18,7 @@ from rlhf.charts import Curve, chart, format_value, nice_ticks, thin
 from rlhf.report import build_report, heldout_changes
 from rlhf.runlog import encode_record
 
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt;"
+EVIL = '" onfocus="x"><script>alert(1)</script><img src=x onerror=alert(2)>\'&lt;'
 
 
 def write_run(run_dir, metrics, *, timings=(), samples=(), **changes):
@@ -129,7 +129,9 @@ def test_text_from_models_and_datasets_is_escaped_everywhere(tmp_path):
         warnings=[EVIL],
         dropped={EVIL: {"count": 1, "error": EVIL}},
         recipe={EVIL: EVIL, "nested": {"list": [EVIL]}},
-        stages=[{"name": EVIL, "method": EVIL, "first_step": 1, "last_step": 2}],
+        stages=[
+            {"name": n + EVIL, "method": EVIL, "first_step": i, "last_step": i} for i, n in enumerate("ab", 1)
+        ],
         timings=[{"step": 1, "stage": EVIL, f"time/{EVIL}_s": 1.0}],
         versions={EVIL: EVIL},
     )

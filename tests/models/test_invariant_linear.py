@@ -1,0 +1,70 @@
+"""Swapped linears inside models: what must not change, and when packs are dropped."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.models.linear import InvariantLinear, prepare_linears, weights_changed
+
+
+def test_swap_changes_nothing_but_the_class(stock):
+    """Would catch: renamed parameters, untied embeddings, a state dict with packs in it."""
+    model = stock("qwen2")
+    model.set_input_embeddings(model.get_input_embeddings())
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = {name: p.data_ptr() for name, p in model.state_dict().items()}
+    count = prepare_linears(model)
+    assert count == sum(isinstance(m, nn.Linear) for m in model.modules()) == 15
+    assert {name: p.data_ptr() for name, p in model.state_dict().items()} == before
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(isinstance(m, nn.Linear) for m in model.modules() if isinstance(m, InvariantLinear))
+    assert prepare_linears(model) == count
+
+
+def test_subclasses_keep_their_own_forward():
+    """Would catch: a quantised or wrapped linear whose forward is thrown away."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Doubled(3, 3)
+    assert prepare_linears(nn.Sequential(layer)) == 0 and type(layer) is Doubled
+
+
+def test_writes_through_data_need_weights_changed():
+    """Would catch: weights_changed that forgets a layer: DeepSpeed writes weights through .data."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    prepare_linears(model)
+    x = torch.randn(9, 4)
+    with torch.no_grad():
+        model(x)
+        for p in model.parameters():
+            p.data.copy_(torch.zeros_like(p))
+        weights_changed(model)
+        assert torch.equal(model(x), torch.zeros(9, 4))
+
+
+def test_optimiser_steps_are_seen_and_copies_are_apart():
+    """Would catch: a frozen reference that follows the actor, or an actor that does not follow itself."""
+    model = nn.Linear(4, 4)
+    prepare_linears(model)
+    x = torch.randn(9, 4)
+    before = model(x).detach()
+    twin = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimiser.step()
+    assert not torch.equal(model(x), before) and torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_without_a_kernel_still_run(dtype):
+    """Would catch: an error where torch's own linear works."""
+    layer = nn.Linear(4, 3, dtype=dtype)
+    x = torch.randn(5, 4, dtype=dtype)
+    want = layer(x)
+    prepare_linears(layer)
+    assert torch.equal(layer(x), want)
