@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
-KEY_STEP = 16  # keys are padded, and gathered from pages, in runs of this many positions
+KEY_STEP = 16  # keys are padded to a multiple of this
 TILE = 128  # probabilities x values is summed over tiles of this many positions
 _MASKED = -1e30
 _MAX_QUERIES = 256  # longest run of one sequence's queries in one product
@@ -48,7 +48,8 @@ class Block:
     num_keys: int  # L
     query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as (N*Hq, D)
     padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad
-    key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as runs of positions of one head
+    run: int  # positions of one head that are gathered together
+    key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as such runs
     query_at: torch.Tensor  # (S or 1, 1, R or 1, 1, 1) int64, a query's position counted from the first key
     window: int | None
     mask: torch.Tensor | None  # kept where it is small
@@ -137,6 +138,7 @@ class Plan:
             query_at = self._tensor(at[:, None, :, None, None])
             if (count[members] == 1).all():
                 query_at = query_at[:, :, :1]
+            run, key_rows = self._key_rows(seq[members], key_from[members], width, heads)
             blocks.append(
                 Block(
                     num_pieces=len(members),
@@ -146,9 +148,8 @@ class Plan:
                     padding=None
                     if real.all()
                     else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
-                    key_rows=self._tensor(
-                        self._key_rows(seq[members], key_from[members], width, heads).ravel()
-                    ),
+                    run=run,
+                    key_rows=self._tensor(key_rows.ravel()),
                     query_at=query_at,
                     window=window,
                     mask=_mask(query_at, width, window) if query_at.numel() * width <= _MASK_KEPT else None,
@@ -167,17 +168,23 @@ class Plan:
         first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
         return seq, first, np.minimum(self.query_lens[seq] - first, size)
 
-    def _key_rows(self, seq: np.ndarray, key_from: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """(S, Hkv, L / run) rows of the key table; beyond the context, the last row of the context again."""
+    def _key_rows(
+        self, seq: np.ndarray, key_from: np.ndarray, width: int, heads: int
+    ) -> tuple[int, np.ndarray]:
+        """The length of a run and (S, Hkv, L / run) rows of the key table; beyond the context, the last row
+        of the context again.
+        """
         last = self.context_lens[seq, None] - 1
         head = np.arange(heads)[:, None]
         if self.page_table is None:
             position = np.minimum(key_from[:, None] + np.arange(width), last)
-            return (self.starts[seq, None] + position)[:, None] * heads + head
-        runs = self.page_tokens // KEY_STEP
-        run = np.minimum(key_from[:, None] // KEY_STEP + np.arange(width // KEY_STEP), last // KEY_STEP)
-        page = np.take_along_axis(self.page_table[seq], run // runs, 1)
-        return (page[:, None] * heads + head) * runs + (run % runs)[:, None]
+            return 1, (self.starts[seq, None] + position)[:, None] * heads + head
+        whole = width <= self.page_tokens and not key_from.any()  # one run, the beginning of a page
+        run = width if whole else math.gcd(width, self.page_tokens, TILE)
+        runs = self.page_tokens // run if self.page_tokens % run == 0 else 1
+        at = np.minimum(key_from[:, None] // run + np.arange(width // run), last // run)
+        page = np.take_along_axis(self.page_table[seq], at // runs, 1)
+        return run, (page[:, None] * heads + head) * runs + (at % runs)[:, None]
 
     def _key_order(self, blocks: list[Block], heads: int, num_pieces: int) -> torch.Tensor | None:
         if self.page_table is not None or num_pieces != len(self.query_lens):
@@ -279,7 +286,7 @@ def attend_packed(
     layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _PackedAttention.apply(q, k, v, sinks, layout, scale, softcap)
-    return _attend(q, _rows(k), _rows(v), k.shape[1], layout, scale, softcap, sinks)
+    return _attend(q, k, v, layout, scale, softcap, sinks)
 
 
 def write_kv(
@@ -351,15 +358,23 @@ def attend_paged(
     """`paged_attention` with a plan that other layers share."""
     heads = k_pages.shape[1]
     layout = plan.layout(heads, q.shape[1] // heads, window)
-    k = k_pages.view(-1, KEY_STEP * k_pages.shape[-1])
-    v = v_pages.view(-1, KEY_STEP * v_pages.shape[-1])
     with torch.no_grad():
-        return _attend(q, k, v, heads, layout, scale, softcap, sinks, v_dim=v_pages.shape[-1])
+        return _attend(q, k_pages, v_pages, layout, scale, softcap, sinks)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(N, H, D) -> (N*H, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _runs(x: torch.Tensor, run: int) -> torch.Tensor:
+    """Pages (P, Hkv, page, D), or k and v (N, Hkv, D), as a table with `run` positions of one head a row."""
+    if x.dim() == 3:
+        return _rows(x)
+    page_tokens, dim = x.shape[2:]
+    if page_tokens % run:
+        return x.view(-1, page_tokens * dim)[:, : run * dim]
+    return x.view(-1, run * dim)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -400,28 +415,25 @@ def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    heads: int,
     layout: Layout,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
-    v_dim: int | None = None,
 ) -> torch.Tensor:
-    """q (N, Hq, D); k, v as tables whose rows are runs of positions of one head -> (N, Hq, Dv). No
-    gradient.
-    """
-    v_dim = v.shape[-1] if v_dim is None else v_dim
+    """q (N, Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N, Hq, Dv). No gradient."""
+    heads, v_dim = k.shape[1], v.shape[-1]
     dtype, q_rows = _compute_dtype(q.dtype), _rows(q)
     flat = torch.empty(layout.num_rows, v_dim, dtype=dtype, device=q.device)
     for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
         batch = block.num_pieces * heads
         rows = block.query_rows.shape[0] // batch
+        keys = (batch, block.num_keys)
         qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, q.shape[-1])
-        kb = _gather_scratch("kv", k, block.key_rows, batch, block.num_keys, q.shape[-1])
+        kb = _gather_scratch("kv", _runs(k, block.run), block.key_rows, *keys, q.shape[-1])
         scores = _scratch("scores", (batch, rows, block.num_keys), dtype, q.device)
         _scores(qb, kb, block, heads, scale, softcap, scores)
         probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, q.device))
-        vb = _gather_scratch("kv", v, block.key_rows, batch, block.num_keys, v_dim)
+        vb = _gather_scratch("kv", _runs(v, block.run), block.key_rows, *keys, v_dim)
         _weighted_values(probs, vb, out.view(batch, rows, v_dim))
     return flat.index_select(0, layout.output_rows).view(*q.shape[:2], v_dim).to(q.dtype)
 
@@ -485,7 +497,7 @@ class _PackedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
-        return _attend(q, _rows(k), _rows(v), k.shape[1], layout, scale, softcap, sinks)
+        return _attend(q, k, v, layout, scale, softcap, sinks)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

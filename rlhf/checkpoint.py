@@ -172,8 +172,8 @@ def _no_space(root: Path, needed: int) -> str:
     free = shutil.disk_usage(root).free
     return (
         f"no space for a checkpoint in {root}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are "
-        "free. Free some space, lower run.keep_last, or set run.output_dir to another disk; older checkpoints "
-        "are untouched"
+        "free. Free some space, lower run.keep_last, or set run.output_dir to another disk; the older "
+        "checkpoints are untouched"
     )
 
 

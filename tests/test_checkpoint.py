@@ -150,6 +150,14 @@ def test_a_damaged_newer_one_never_pushes_out_a_good_one(tmp_path: Path) -> None
     (save(tmp_path, 9, keep_last=1) / MANIFEST).unlink()
     save(tmp_path, 5, keep_last=1)
     assert find_checkpoint(tmp_path).step == 5
+    assert "step-00000009" in names(tmp_path), "it is left for whoever wants to look into it"
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / "step-00000008")
+    found = find_checkpoint(tmp_path)
+    assert found.step == 1 and "named step 8 but was written as step 2" in found.damaged[0].reason
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ class Stage:
 
     def steps(self) -> Iterator[int]:
         """Indices of the remaining steps, from 0. Everything between two steps happens in here."""
+        self.publish()  # a resumed actor is not what the engines have loaded
         if self.progress.step == 0 and self.offset == 0:  # later stages begin where the one before was evaluated
             self._evaluate()
             self._write_record()

@@ -87,7 +87,8 @@ class Worker(WeightMethods):
     def _make_rollout(self) -> None:
         """The engine runs the actor's own tensors where they are whole, else a copy that publishing keeps equal."""
         shared = self.actor is not None and self.actor.weights_are_whole
-        model = self.actor.module if shared else self._load(trainable=False)
+        # A copy has the actor's structure, adapters included, so that both compute the same bits.
+        model = self.actor.module if shared else self._load(trainable=self.recipe.model.lora is not None)
         self._sink = None if shared else WeightSink(model)
         r = self.recipe.rollout
         config = EngineConfig(

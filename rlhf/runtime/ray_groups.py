@@ -61,6 +61,8 @@ _LOOPBACK = "127.0.0.1"
 _CLOSE_S = 10.0  # for the workers' own `close` when a run ends well
 _GRACE_S = 3.0  # after a rank failed, for the others: a process that dies makes its peers fail too
 _LONGEST_ROOT = 20  # characters; the path of a Unix socket in a Ray session has 107 at most
+_SHUTDOWN_S = 20.0  # for ray.shutdown, before its processes are killed
+_END_S = 5.0  # for the watchdog, beside its sweep
 _SLICE_S = 0.5  # of a wait that cannot be interrupted
 _STORE_MB = 256  # object store, beside the weights in flight
 _BUCKETS_IN_FLIGHT = 3
@@ -159,10 +161,16 @@ class Cluster:
 
     def stop(self) -> None:
         """Leave the cluster; end it, and wait for its end, if it is ours."""
-        if self._connected:
-            ray.shutdown()
-        if self._folder is not None:
-            self._folder.remove()
+        if self._folder is None:
+            if self._connected:
+                ray.shutdown()
+            return
+        late = threading.Timer(_SHUTDOWN_S, self._folder.end)  # ends what ray.shutdown waits for
+        late.start()
+        ray.shutdown()
+        late.cancel()
+        self._folder.end()
+        self._folder.wait_until_gone()
 
 
 class _Folder:
@@ -190,10 +198,15 @@ class _Folder:
         finally:
             del os.environ[watchdog.MARK_NAME]
 
-    def remove(self) -> None:
-        """Returns when no process is left."""
+    def end(self) -> None:
+        """Tell the watchdog to end the processes and to remove the folder."""
         self._watchdog.stdin.close()
-        self._watchdog.wait()
+
+    def wait_until_gone(self) -> None:
+        try:
+            self._watchdog.wait(watchdog.SWEEP_S + _END_S)
+        except subprocess.TimeoutExpired:
+            log.warning("processes of %s are still there; see `ps -ef`", self.path)
 
 
 @contextmanager
@@ -283,13 +296,19 @@ class RayGroup:
 
     def build(self) -> RayPending:
         """Make the workers, all ranks at once: their constructors may meet."""
-        port = ray.get(self._actors[0].free_port.remote(self.address)) if self.size > 1 else 0
+        port = self._free_port() if self.size > 1 else 0
         kwargs = ray.put(dict(self.spec.kwargs))
         refs = [
             actor.build.options(num_returns=2).remote(self.spec.worker, self._info(rank, port), kwargs)
             for rank, actor in enumerate(self._actors)
         ]
         return RayPending(self, "__init__", refs, self._timeout_s, "launch_timeout_s")
+
+    def _free_port(self) -> int:
+        try:
+            return ray.get(self._actors[0].free_port.remote(self.address), timeout=self._timeout_s)
+        except RayError as error:
+            raise LaunchError(f"{self.describe(0)} found no port for its group: {error}") from error
 
     def _info(self, rank: int, port: int) -> ProcessInfo:
         # a process sees only the GPU that Ray gave it, so the index of its device is 0

@@ -17,7 +17,7 @@ import time
 
 MARK_NAME = "RLHF_RAY_CLUSTER"
 _POLL_S = 0.5
-_SWEEP_S = 20.0
+SWEEP_S = 20.0  # longest sweep
 
 
 def wait_for_the_end(parent: int) -> None:
@@ -48,7 +48,7 @@ def marked(mark: str) -> list[int]:
 
 def sweep(mark: str) -> None:
     """Kill until none is left: one that is just starting may be missed the first time."""
-    deadline = time.monotonic() + _SWEEP_S
+    deadline = time.monotonic() + SWEEP_S
     quiet = 0
     while quiet < 2 and time.monotonic() < deadline:
         pids = marked(mark)

@@ -39,7 +39,7 @@ def test_run_leaves_everything_behind(tiny, train):
     assert again.returncode == 0 and "already finished" in again.stdout + again.stderr
 
 
-def test_killed_five_times_is_the_uninterrupted_run(tiny, train):
+def test_killed_six_times_is_the_uninterrupted_run(tiny, train):
     """Would catch: any state that a checkpoint forgets (moments, position, version, records written twice or lost)."""
     done, whole = train(tiny, name="whole")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,9 +47,9 @@ def test_killed_five_times_is_the_uninterrupted_run(tiny, train):
         "train.backward@2=kill9",
         "checkpoint.before_rename@4=kill9",
         "rollout.mid@6=kill9",
-        "checkpoint.delete_old@8=kill9",
+        "checkpoint.after_rename@8=kill9",
         "track@9=kill9",
-        "optimizer.after@10=kill9",
+        "checkpoint.delete_old@10=kill9",
     )
     for point in points:
         done, killed = train(tiny, name="killed", faults=point)

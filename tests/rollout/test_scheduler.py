@@ -126,7 +126,7 @@ def test_a_cache_as_large_as_the_work_is_never_the_limit():
     own = -(-(10 + 6 - 1) // 4)
     steps, _, _, scheduler = run([10] * 5, n=4, num_pages=5 * 4 * own, max_batch_tokens=256)
     assert scheduler.num_preempted == 0 and len(steps) == 6
-    steps, _, _, _ = run([5] * 5, n=4, num_pages=20, page_tokens=16, max_batch_tokens=22, max_tokens=11)
+    steps, _, _, _ = run([5] * 5, n=4, num_pages=20, page_tokens=16, max_batch_tokens=20, max_tokens=11)
     assert max(len(s.decoding) for s, _ in steps) == 20
 
 

@@ -49,9 +49,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def groups(cluster) -> Iterator[Groups]:
     scale = 3.0
+    handed_over = {"function": lambda x: scale * x, "model": torch.nn.Linear(2, 1)}
     plan = [
         spec("pair", ("actor",), 2, offset=100),
-        spec("one", ("rollout",), function=lambda x: scale * x, model=torch.nn.Linear(2, 1)),
+        GroupSpec("one", ("rollout",), 1, 0, WORKER, handed_over, threads=2),
     ]
     with launch(plan, RUNTIME) as groups:
         yield groups
@@ -105,9 +106,10 @@ def test_each_process_knows_its_place(groups):
     assert infos[0].master_port == infos[1].master_port > 0
     assert {i.master_addr for i in infos} == {"127.0.0.1"} and {i.device for i in infos} == {"cpu"}
     assert len({place["pid"] for place in there} | {os.getpid()}) == 4
+    threads = [place["env"]["OMP_NUM_THREADS"] for place in there]
+    assert threads == ["1", "1", "2"], "torch reads its number of threads when it loads"
     for place in there:
         assert place["cwd"] == os.getcwd()
-        assert place["env"]["OMP_NUM_THREADS"] == "1", "torch read its number of threads before it was set"
         assert place["env"]["CUDA_VISIBLE_DEVICES"] == "", "a process without GPUs sees some"
 
 

@@ -263,6 +263,21 @@ def test_bfloat16_keeps_float32_masters_and_buffers(stage: int) -> None:
     engine.destroy()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_gradients_add_up_in_float32(stage: int) -> None:
+    """Would catch: a sum of micro-batches rounded to bfloat16 each time, which stalls as it grows."""
+    norms = []
+    for parts in (1, 32):
+
+        def part(model: torch.nn.Module, micro: Batch, n: int = parts) -> tuple[torch.Tensor, dict]:
+            return nll(model, micro)[0] / n, {}
+
+        engine = engine_for(build_model("bfloat16"), stage, "bfloat16")
+        norms.append(engine.update(cut(build_batch(), [[0]] * parts), part).grad_norm)
+        engine.destroy()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_lora_trains_adapters_only_and_shows_merged_weights(stage: int) -> None:
     """Would catch: frozen weights in the optimiser or its state, a merge that forgets the scale, peft's
@@ -428,6 +443,7 @@ def exercise(
     resumed.load_state(load_tensors(file), scalars)
     again, _ = resumed.state_dict()
     result: dict[str, object] = {"loaded state equals saved": same_bits(again, tensors)}
+    assert bool(tensors) == (info.rank == 0), "the state is wanted on rank 0 and only there"
     for m in micros[2:4]:
         resumed.update(m, nll)
     result["exact after load"] = same_bits(weights(resumed), after_four)
