@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_ROW_STEPS = ((16, 4), (32, 8), (128, 16), (512, 32), (1024, 128))
+_has_kernel = torch.backends.mkldnn.is_available()
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _has_kernel else None  # looked up once
 
 
 class PackedWeight:
@@ -26,14 +29,14 @@ class PackedWeight:
 
     def __init__(self) -> None:
         self.data: torch.Tensor | None = None
-        self.source: tuple[int, int] | None = None
+        self.source: tuple[int, int, torch.dtype] | None = None
 
-    def update(self, weight: torch.Tensor) -> torch.Tensor:
-        """The pack of `weight` as it is now. Writes through `.data` leave no trace: after those, call
-        `clear`.
+    def update(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The pack of `weight` as it is now, None where `can_pack` says no. Writes through `.data` leave no
+        trace: after those, call `clear`.
         """
-        source = (weight.data_ptr(), weight._version)
-        if self.data is None or source != self.source:
+        source = (weight.data_ptr(), weight._version, weight.dtype)
+        if source != self.source:
             self.data, self.source = pack(weight), source
         return self.data
 
@@ -51,13 +54,17 @@ def can_pack(weight: torch.Tensor) -> bool:
         and weight.dtype in _PACKED_DTYPES
         and weight.dim() == 2
         and weight.numel() > 0
-        and torch.backends.mkldnn.is_available()
+        and _has_kernel
     )
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """(out, in) fp32 or bf16 CPU weight -> an opaque tensor in oneDNN's layout, of the same size."""
-    with torch.no_grad():
+def pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """(out, in) fp32 or bf16 CPU weight -> an opaque tensor in oneDNN's layout, of the same size; None where
+    there is no kernel for it.
+    """
+    if not can_pack(weight):
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # the trainer uses the pack that the engine made
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
@@ -67,7 +74,7 @@ def row_bucket(num_rows: int) -> int:
     x in every linear."""
     if num_rows <= 2:
         return max(num_rows, 1)
-    for limit, step in ((16, 4), (32, 8), (128, 16), (512, 32), (1024, 128)):
+    for limit, step in _ROW_STEPS:
         if num_rows <= limit:
             return -(-num_rows // step) * step
     return -(-num_rows // 256) * 256
@@ -91,13 +98,16 @@ def linear(
 
 
 def _forward(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1])
     num_rows = rows.shape[0]
     extra = row_bucket(num_rows) - num_rows
     if extra:
         rows = F.pad(rows, (0, 0, 0, extra))
-    out = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return (out[:num_rows] if extra else out).view(*x.shape[:-1], out.shape[-1])
+    out = _linear_pointwise(rows, packed, bias, "none", [], "")
+    if extra:
+        out = out[:num_rows]
+    return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[-1])
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -17,10 +17,11 @@ from rlhf.faults import fault_point
 from rlhf.kernels.attention import KEY_STEP
 from rlhf.kernels.random import uniform
 from rlhf.kernels.sampling import sample
+from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes
 from rlhf.rollout.request import Completion, EngineConfig, Request
-from rlhf.rollout.runner import Runner, cache_shapes
+from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Samples, draw_parameters
 from rlhf.rollout.scheduler import Scheduler, Step
 
@@ -40,7 +41,7 @@ class Engine:
         self.stats: dict[str, float] = {}  # of the last call, by metric name
         self._context: int = model.config.get_text_config().max_position_embeddings
         self._vocab: int = model.get_input_embeddings().num_embeddings
-        self._pages = KVPages(cache_shapes(model), config.page_tokens, model.dtype, model.device)
+        self._pages = KVPages([(heads, size) for heads, size, _ in kv_shapes(model)], config.page_tokens, model.dtype, model.device)
         self._pool = PagePool(0)
         self._runner = Runner(model, self._pages)
         self._generating = False

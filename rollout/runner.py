@@ -12,18 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.kernels.linear import row_bucket
 from rlhf.models.attention import PagedContext, paged_attention
 from rlhf.rollout.cache import KVPages
 from rlhf.rollout.samples import Samples
 from rlhf.rollout.scheduler import Chunk, Step
-
-
-def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """(kv heads, head size) of every layer, measured with one token rather than guessed from the config."""
-    with torch.no_grad():
-        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-        layers = model(input_ids=token, use_cache=True).past_key_values.layers
-    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
 
 
 class Runner:
@@ -36,11 +29,14 @@ class Runner:
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
         """Logits (L, V) of the decoding samples' tokens and of the last token of each completed prefill."""
         packed = _pack(step, samples, self.pages.page_tokens)
-        device = self.model.device
-        token_ids, positions, slots, keep = (
-            torch.from_numpy(x).to(device)
-            for x in (packed.token_ids, packed.positions, packed.slots, packed.keep)
+        device, num_tokens = self.model.device, len(packed.token_ids)
+        repeats = row_bucket(num_tokens) - num_tokens if device.type == "cpu" else 0
+        token_ids, positions, slots = (
+            torch.from_numpy(np.pad(x, (0, repeats), mode="edge")).to(device)
+            for x in (packed.token_ids, packed.positions, packed.slots)
         )
+        only_decoding = not step.chunks
+        keep = 0 if only_decoding else torch.from_numpy(packed.keep).to(device)  # 0: all
         context = PagedContext(
             k_pages=self.pages.k,
             v_pages=self.pages.v,
@@ -56,7 +52,7 @@ class Runner:
                 logits_to_keep=keep,
                 use_cache=False,
             )
-        return output.logits[0]
+        return output.logits[0, :num_tokens] if only_decoding else output.logits[0]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class ChainArithmetic(Section):
 
     A row: prompt `7+5-3+9=`, response `7+5=12 12-3=9 9+9=18####18`, answer `18`. The response ends in the
     marker that the gsm8k rule reads; every character is in the default alphabet of a `characters` tokenizer.
-    Operands are 1 to 9 and no intermediate result is negative.
+    Operands are 1 to max_digit and no intermediate result is negative.
 
     The splits are disjoint: a hash of the chain alone, the same under every seed, puts a tenth of all chains
     into `eval`. No chain comes twice in one set. A longer set begins with the shorter one of the same
@@ -42,6 +42,8 @@ class ChainArithmetic(Section):
     """The set; the two share no chain."""
     terms: Annotated[int, Field(ge=2, le=64)] = 4
     """Operands in a chain."""
+    max_digit: Annotated[int, Field(ge=2, le=9)] = 9
+    """Largest operand: with smaller ones there are fewer sums to learn."""
     ops: Literal["+-", "+", "-"] = "+-"
     """Operators that may occur."""
     seed: NonNegative = 0
@@ -68,7 +70,7 @@ class ChainArithmetic(Section):
                 misses += 1
                 if misses == _MAX_MISSES:
                     raise ValueError(
-                        f"count={self.count}, but only {len(chains)} different chains of terms={self.terms}, "
+                        f"count={self.count}, but only {len(chains)} different chains of terms={self.terms}, max_digit={self.max_digit}, "
                         f"ops={self.ops!r} were found for split={self.split}; lower count or raise terms"
                     )
                 continue
@@ -81,7 +83,7 @@ class ChainArithmetic(Section):
         chain, total = "", 0
         for term in range(self.terms):
             bits = rng.key(self.seed, "chain_arithmetic", self.terms, self.ops, draw, term)
-            digit, op = 1 + bits % 9, self.ops[bits // 9 % len(self.ops)]
+            digit, op = 1 + bits % self.max_digit, self.ops[bits // self.max_digit % len(self.ops)]
             if term == 0:
                 chain, total = str(digit), digit
                 continue

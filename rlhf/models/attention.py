@@ -55,12 +55,13 @@ class PagedContext:
     """One step of the engine: N new tokens of S sequences, and the pages of every layer. Used for one
     forward.
 
-    The new tokens' keys and values are written by each layer before it attends.
+    The new tokens' keys and values are written by each layer before it attends. Where N' > N, the last token
+    is there N' - N times more, to fill a bucket of rows (`rlhf.kernels.linear.row_bucket`).
     """
 
     k_pages: Sequence[torch.Tensor]  # per layer (P, Hkv, page, D), allocated with zeros
     v_pages: Sequence[torch.Tensor]  # per layer (P, Hkv, page, Dv)
-    slots: torch.Tensor  # (N,) int64, page * page_tokens + place of each new token
+    slots: torch.Tensor  # (N',) int64, page * page_tokens + place of each new token
     page_table: np.ndarray | torch.Tensor  # (S, max pages) int, pages of each sequence in order
     context_lens: np.ndarray | torch.Tensor | Sequence[int]  # (S,) positions, new tokens included
     query_starts: np.ndarray | torch.Tensor | Sequence[int]  # (S+1,), where each sequence's new tokens begin
@@ -79,6 +80,7 @@ class PagedContext:
             self.context_lens,
             page_table=self.page_table,
             page_tokens=page_tokens,
+            num_repeats=len(self.slots) - int(starts[-1]),
             device=self.slots.device,
         )
         self._rows = {heads: kv_rows(self.slots, heads, page_tokens)}
@@ -114,7 +116,7 @@ def packed_attention(packed: Packed) -> AbstractContextManager[None]:
 
 
 def paged_attention(context: PagedContext) -> AbstractContextManager[None]:
-    """Within it, a forward's input_ids (1, N) are the new tokens of `context`. Use it under
+    """Within it, a forward's input_ids (1, N') are the new tokens of `context`. Use it under
     `torch.no_grad()`.
     """
     return _use(context)

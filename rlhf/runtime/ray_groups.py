@@ -179,10 +179,9 @@ class _Folder:
     def __init__(self) -> None:
         root = tempfile.gettempdir()
         root = root if len(root) <= _LONGEST_ROOT else "/tmp"
-        self.path = Path(tempfile.mkdtemp(prefix="rlhf-ray-", dir=root))
-        self._mark = self.path.name
+        self.path = Path(tempfile.mkdtemp(prefix="rlhf-ray-", dir=os.path.realpath(root)))
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-I", watchdog.__file__, self._mark, str(self.path), str(os.getpid())],
+            [sys.executable, "-I", watchdog.__file__, str(self.path), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -192,7 +191,7 @@ class _Folder:
     @contextmanager
     def marking(self) -> Iterator[None]:
         """Processes started in here, and all that they start, belong to this folder."""
-        os.environ[watchdog.MARK_NAME] = self._mark
+        os.environ[watchdog.MARK_NAME] = str(self.path)
         try:
             yield
         finally:

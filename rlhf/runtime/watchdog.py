@@ -1,9 +1,12 @@
 """Ends everything that belongs to a Ray cluster of our own, however its controller ended.
 
-Run as a script, as a child of the controller: `watchdog.py MARK FOLDER PARENT`. When its standard input
-closes, or when its parent is gone (kill -9), it kills every process whose environment holds MARK and removes
-FOLDER. Ray ends most of its processes by itself; its agents stay for a while after their controller was
-killed, and a stopped process for ever.
+Run as a script, as a child of the controller: `watchdog.py FOLDER PARENT`. When its standard input closes, or when
+its parent is gone (kill -9), it kills every process that belongs to FOLDER and removes FOLDER. Ray ends most of its
+processes by itself; its agents stay for a while after their controller was killed, a stopped process for ever.
+
+A process belongs to the folder if it has a file in it open for writing (Ray's own processes keep their logs there),
+or carries the folder's mark in its environment (what a worker started). One of the two would not do: Ray's agents
+overwrite their environment with their title, and a worker's children do not write into the folder.
 
 Imports the standard library only. Where there is no /proc it removes the folder and no more.
 """
@@ -12,6 +15,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import sys
 import time
 
@@ -28,30 +32,47 @@ def wait_for_the_end(parent: int) -> None:
             return
 
 
-def marked(mark: str) -> list[int]:
-    """Living processes of ours that have the mark in their environment."""
+def belonging(folder: str) -> list[int]:
+    """Living processes of ours that belong to the folder."""
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
         if not name.isdigit():
             continue
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                belongs = f"{MARK_NAME}={mark}".encode() in file.read().split(b"\0")
-            with open(f"/proc/{name}/stat") as file:
-                alive = file.read().rpartition(")")[2].split()[0] not in "ZX"
+            if _is_alive(name) and (_has_mark(name, folder) or _writes_into(name, folder)):
+                found.append(int(name))
         except OSError:  # it ended, or it is somebody else's
             continue
-        if belongs and alive:
-            found.append(int(name))
     return found
 
 
-def sweep(mark: str) -> None:
+def _is_alive(pid: str) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2][:1] not in (b"Z", b"X", b"")
+
+
+def _has_mark(pid: str, folder: str) -> bool:
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        return f"{MARK_NAME}={folder}".encode() in file.read().split(b"\0")
+
+
+def _writes_into(pid: str, folder: str) -> bool:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        link = f"/proc/{pid}/fd/{number}"
+        try:
+            if os.readlink(link).startswith(folder + "/") and os.lstat(link).st_mode & stat.S_IWUSR:
+                return True
+        except FileNotFoundError:  # closed in between
+            continue
+    return False
+
+
+def sweep(folder: str, spared: set[int]) -> None:
     """Kill until none is left: one that is just starting may be missed the first time."""
     deadline = time.monotonic() + SWEEP_S
     quiet = 0
     while quiet < 2 and time.monotonic() < deadline:
-        pids = marked(mark)
+        pids = set(belonging(folder)) - spared
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -62,9 +83,10 @@ def sweep(mark: str) -> None:
 
 
 def main() -> None:
-    mark, folder, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    folder, parent = sys.argv[1], int(sys.argv[2])
     wait_for_the_end(parent)
-    sweep(mark)
+    spared = {parent} if os.getppid() == parent else set()  # it may have ended the cluster and live on
+    sweep(folder, spared)
     shutil.rmtree(folder, ignore_errors=True)
 
 
