@@ -73,12 +73,14 @@ def zero_std_groups(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[int
 def advantage_metrics(batch: Batch) -> dict[str, float]:
     """`advantage/{mean,std,min,max}` and `reward/groups_zero_std_frac` of a whole step's batch.
 
-    The former are over the tokens in `loss_mask`, and left out if there is none; the std is with n.
+    The former are over the responses with a token in `loss_mask`, each the mean of its tokens, and left out if there is
+    none; the std is with n. Over tokens the mean would drift from 0 as soon as right answers are longer than wrong ones.
     """
     assert batch.advantages is not None and batch.rewards is not None and batch.group_ids is not None
     flat, total = zero_std_groups(batch.rewards, batch.group_ids)
     metrics = {"reward/groups_zero_std_frac": flat / total} if total else {}
-    values = batch.advantages[batch.loss_mask].double()
+    counts = batch.loss_mask.sum(-1)
+    values = torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)[counts > 0] / counts[counts > 0]
     if values.numel():
         metrics |= {
             "advantage/mean": values.mean().item(),

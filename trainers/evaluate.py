@@ -39,7 +39,7 @@ def eval_metrics(name: str, rollouts: Sequence[Rollout], samples: int, correct_a
     rewards = [r.reward for r in rollouts if r.reward is not None]
     metrics = {
         f"eval/{name}/pass@1": float(passed.mean()),
-        f"eval/{name}/reward/mean": float(np.mean(rewards)) if rewards else float("nan"),
+        f"eval/{name}/reward_mean": float(np.mean(rewards)) if rewards else float("nan"),
         f"eval/{name}/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }
     if samples > 1:

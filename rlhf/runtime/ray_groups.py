@@ -145,7 +145,7 @@ class Cluster:
     def _start(self, specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> None:
         self.address = _LOOPBACK
         self._folder = _Folder()
-        self.logs = self._folder.path / "session_latest" / "logs"
+        self.logs = self._folder.sessions / "session_latest" / "logs"
         with _own_signals(), _loopback_only(), self._folder.marking():
             ray.init(
                 address="local",
@@ -156,7 +156,7 @@ class Cluster:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address=_LOOPBACK,
-                _temp_dir=str(self._folder.path),
+                _temp_dir=str(self._folder.sessions),
             )
 
     def stop(self) -> None:
@@ -180,6 +180,7 @@ class _Folder:
         root = tempfile.gettempdir()
         root = root if len(root) <= _LONGEST_ROOT else "/tmp"
         self.path = Path(tempfile.mkdtemp(prefix="rlhf-ray-", dir=os.path.realpath(root)))
+        self.sessions = self.path / "s"  # Ray opens this one to every user; `path` is ours alone
         self._watchdog = subprocess.Popen(
             [sys.executable, "-I", watchdog.__file__, str(self.path), str(os.getpid())],
             stdin=subprocess.PIPE,

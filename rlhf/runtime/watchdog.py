@@ -1,12 +1,13 @@
 """Ends everything that belongs to a Ray cluster of our own, however its controller ended.
 
-Run as a script, as a child of the controller: `watchdog.py FOLDER PARENT`. When its standard input closes, or when
-its parent is gone (kill -9), it kills every process that belongs to FOLDER and removes FOLDER. Ray ends most of its
-processes by itself; its agents stay for a while after their controller was killed, a stopped process for ever.
+Run as a script, as a child of the controller: `watchdog.py FOLDER PARENT`. When its standard input closes, or
+when its parent is gone (kill -9), it kills every process that belongs to FOLDER and removes FOLDER. Ray ends
+most of its processes by itself; its agents stay for a while after their controller was killed, and a stopped
+process for ever.
 
-A process belongs to the folder if it has a file in it open for writing (Ray's own processes keep their logs there),
-or carries the folder's mark in its environment (what a worker started). One of the two would not do: Ray's agents
-overwrite their environment with their title, and a worker's children do not write into the folder.
+A process belongs to the folder if it has a file in it open for writing (Ray's own processes keep their logs
+there), or carries the folder's mark in its environment (what a worker started). One of the two would not do:
+Ray's agents overwrite their environment with their title, a worker's children need not write into the folder.
 
 Imports the standard library only. Where there is no /proc it removes the folder and no more.
 """

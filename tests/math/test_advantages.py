@@ -120,14 +120,14 @@ def test_tool_tokens_get_nothing_and_change_nothing(name: str) -> None:
     assert not got.advantages[2].any()
 
 
-def test_metrics_are_over_loss_tokens_and_count_flat_groups() -> None:
-    """Would catch: statistics diluted by the zeros at padding, prompt and masked rows."""
+def test_metrics_are_over_responses_and_count_flat_groups() -> None:
+    """Would catch: statistics diluted by the zeros at padding and masked rows, or weighted by length."""
     rollouts = [_rollout(r, (True,) * n) for r, n in [(1.0, 3), (0.0, 1), (5.0, 2), (5.0, 2), (None, 2)]]
     batch = with_advantages(make_batch(rollouts, group_ids=[0, 0, 1, 1, 1]), "dr_grpo")
     assert advantage_metrics(batch) == {
         "reward/groups_zero_std_frac": 0.5,
-        "advantage/mean": pytest.approx((3 * 0.5 - 0.5) / 8),
-        "advantage/std": pytest.approx(statistics.pstdev([0.5] * 3 + [-0.5] + [0.0] * 4)),
+        "advantage/mean": pytest.approx(0.0),
+        "advantage/std": pytest.approx(statistics.pstdev([0.5, -0.5, 0.0, 0.0])),
         "advantage/min": -0.5,
         "advantage/max": 0.5,
     }

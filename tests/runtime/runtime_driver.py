@@ -14,7 +14,7 @@ HOW = sys.argv[1]
 def main() -> None:
     spec = GroupSpec("only", ("actor",), 1, 0, "runtime_workers:Recorder")
     with launch([spec], RuntimeConfig(backend="ray", bucket_mb=1)) as groups:
-        print("folder", groups["only"].logs.parents[1], flush=True)
+        print("folder", groups["only"].logs.parents[2], flush=True)
         print("pid", groups["only"].call("where")[0]["pid"], flush=True)
         if HOW == "exception":
             raise RuntimeError("the controller fails")

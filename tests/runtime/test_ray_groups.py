@@ -125,6 +125,12 @@ def test_every_server_listens_on_the_loopback_interface_only(groups):
     assert addresses <= loopback, addresses - loopback
 
 
+def test_nobody_else_reads_what_the_processes_write(cluster, groups):
+    """Logs hold prompts and responses, and the sockets beside them take code."""
+    ours = cluster.logs.parents[2]
+    assert cluster.logs.is_dir() and ours.stat().st_mode & 0o077 == 0
+
+
 def test_a_remote_exception_is_raised_here_with_its_place(groups):
     with pytest.raises(ValueError, match="a bad value") as caught:
         groups["pair"].call("boom")
