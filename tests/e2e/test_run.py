@@ -39,6 +39,25 @@ def test_run_leaves_everything_behind(tiny, train):
     assert again.returncode == 0 and "already finished" in again.stdout + again.stderr
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stages.grpo.model.lora.rank=4"],
+        ["stages.grpo.trainer.zero_stage=3"],
+        ["model.dtype=bfloat16", "stages.grpo.model.gradient_checkpointing=true"],
+        ["stages.grpo.trainer.minibatches_per_step=2", "stages.grpo.trainer.passes_per_step=2"],
+    ],
+    ids=lambda overrides: overrides[-1].rpartition(".")[2],
+)
+def test_sampler_and_trainer_agree_in_every_form(tiny, train, overrides):
+    """Would catch: an engine that misses the adapters, holds stale weights under ZeRO-3, or another rounding."""
+    done, run_dir = train(tiny, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
+    assert [r["mismatch/logprob_abs_max"] for r in grpo] == [0.0] * 6
+    assert grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]  # the policy moved, and away from the reference
+
+
 def test_killed_six_times_is_the_uninterrupted_run(tiny, train):
     """Would catch: any state that a checkpoint forgets (moments, position, version, records written twice or lost)."""
     done, whole = train(tiny, name="whole")
@@ -96,6 +115,23 @@ def test_ray_run_is_bitwise_the_local_run(tiny, train):
     done, ray = train(spread, name="spread")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(local, ray)
+
+
+@pytest.mark.ray
+def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
+    """Would catch: adapters or ZeRO-3 shards that are lost on the way to another process."""
+    spread = tiny | {
+        "placement": {
+            "train": {"roles": ["actor"], "processes": 2},
+            "rest": {"roles": ["reference", "rollout"], "processes": 1},
+        },
+        "runtime": {"backend": "ray", "threads": 1, "weight_transport": "collective"},
+    }
+    done, run_dir = train(spread, "stages.grpo.model.lora.rank=4", "stages.grpo.trainer.zero_stage=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
+    assert [r["mismatch/logprob_abs_max"] for r in grpo] == [0.0] * 6
+    assert grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]
 
 
 @pytest.mark.ray
