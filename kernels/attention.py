@@ -33,7 +33,6 @@ _MASKED = -1e30
 _MAX_QUERIES = 256  # longest run of one sequence's queries in one product
 _MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 queries has more
 _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
-_VIEW_KEYS = 2  # keys read in place may be this many times those needed; a gather reads, writes and reads
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
 
@@ -49,8 +48,7 @@ class Block:
     num_keys: int  # L
     query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as (N*Hq, D)
     padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad
-    pages: slice | None  # the pieces are these pages, whose first L positions are read in place
-    run: int  # else: positions of one head that are gathered together
+    run: int  # positions of one head that are gathered together
     key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as such runs
     query_at: torch.Tensor  # (S or 1, 1, R or 1, 1, 1) int64, a query's position counted from the first key
     window: int | None
@@ -129,18 +127,12 @@ class Plan:
         blocks: list[Block] = []
         output_rows = np.empty(self.num_tokens * heads * group, np.int64)
         offset = 0
-        first_token = self.starts[seq] + first
-        head = np.arange(heads)[:, None, None] * group + np.arange(group)  # (Hkv, 1, G)
-        viewed, others = self._viewed(seq, key_from, count, padded, keys, heads, group)
-        gathered = [
-            (others[members], np.True_, None, rows, width)
-            for members, rows, width in _group(padded[others], keys[others], heads, group)
-        ]
-        for members, wanted, pages, rows, width in viewed + gathered:
+        for members, rows, width in _group(padded, keys, heads, group):
             query = np.minimum(np.arange(rows), count[members, None] - 1)  # (S, R), padding repeats the last
-            token = first_token[members, None] + query
+            token = (self.starts[seq] + first)[members, None] + query
+            head = np.arange(heads)[:, None, None] * group + np.arange(group)  # (Hkv, 1, G)
             query_rows = token[:, None, :, None] * (heads * group) + head  # (S, Hkv, R, G)
-            real = (np.arange(rows) < count[members, None]) & wanted
+            real = np.arange(rows) < count[members, None]
             valid = np.broadcast_to(real[:, None, :, None], query_rows.shape)
             place = offset + np.arange(query_rows.size).reshape(query_rows.shape)
             output_rows[query_rows[valid]] = place[valid]
@@ -150,10 +142,7 @@ class Plan:
             query_at = self._tensor(at[:, None, :, None, None])
             if (count[members] == 1).all():
                 query_at = query_at[:, :, :1]
-            if pages is None:
-                run, key_rows = self._key_rows(seq[members], key_from[members], width, heads)
-            else:
-                run, key_rows = width, np.zeros(0, np.int64)
+            run, key_rows = self._key_rows(seq[members], key_from[members], width, heads)
             blocks.append(
                 Block(
                     num_pieces=len(members),
@@ -161,9 +150,8 @@ class Plan:
                     num_keys=width,
                     query_rows=self._tensor(query_rows.ravel()),
                     padding=None
-                    if pages is not None or real.all()
+                    if real.all()
                     else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
-                    pages=pages,
                     run=run,
                     key_rows=self._tensor(key_rows.ravel()),
                     query_at=query_at,
@@ -177,44 +165,6 @@ class Plan:
         return Layout(
             tuple(blocks), offset, self._tensor(output_rows), self._key_order(blocks, heads, len(seq))
         )
-
-    def _viewed(
-        self,
-        seq: np.ndarray,
-        key_from: np.ndarray,
-        count: np.ndarray,
-        padded: np.ndarray,
-        keys: np.ndarray,
-        heads: int,
-        group: int,
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray, slice, int, int]], np.ndarray]:
-        """Decoding pieces whose keys lie in one page each, taken in the order of the pages, so that nothing is
-        gathered: (piece of each page, whether it is wanted there, pages, padded queries, keys); and the pieces
-        that are left. A page that belongs to nobody is worked on for nothing; there may not be too many.
-        """
-        everything = np.arange(len(seq))
-        if self.page_table is None:
-            return [], everything
-        single = (count == 1) & (key_from == 0) & (keys <= self.page_tokens)
-        pages = self.page_table[seq[single], 0]
-        if not len(pages):
-            return [], everything
-        low, high, width = int(pages.min()), int(pages.max()) + 1, int(keys[single].max())
-        if (high - low) * width > _VIEW_KEYS * keys[single].sum():
-            return [], everything
-        owner = np.full(high - low, -1)
-        owner[pages - low] = everything[single]
-        wanted = owner >= 0
-        if wanted.sum() != len(pages):  # two pieces share a page
-            return [], everything
-        owner[~wanted] = owner[0]
-        rows = int(padded[single][0])
-        step = max(1, min(_MAX_SCORES // (rows * group), _MAX_KEYS) // (heads * width))
-        cuts = [slice(i, min(i + step, high - low)) for i in range(0, high - low, step)]
-        viewed = [
-            (owner[c], wanted[c, None], slice(low + c.start, low + c.stop), rows, width) for c in cuts
-        ]
-        return viewed, everything[~single]
 
     def _pieces(self, num_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut long runs of queries: (sequence, first query, number of queries) of each piece."""
@@ -468,15 +418,6 @@ def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: 
     return place.view(shape)
 
 
-def _keys(x: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
-    """k or v, (N, Hkv, D) or pages (P, Hkv, page, D) -> those of a block (S*Hkv, L, D)."""
-    if block.pages is None:
-        return _gather_scratch("kv", _runs(x, block.run), block.key_rows, batch, block.num_keys, x.shape[-1])
-    view = x[block.pages].flatten(0, 1)[:, : block.num_keys]
-    dtype = _compute_dtype(x.dtype)
-    return view if dtype == x.dtype else _scratch("kv", view.shape, dtype, x.device).copy_(view)
-
-
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -493,12 +434,14 @@ def _attend(
     for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
         batch = block.num_pieces * heads
         rows = block.query_rows.shape[0] // batch
+        keys = (batch, block.num_keys)
         qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, q.shape[-1])
-        kb = _keys(k, block, batch)
+        kb = _gather_scratch("kv", _runs(k, block.run), block.key_rows, *keys, q.shape[-1])
         scores = _scratch("scores", (batch, rows, block.num_keys), dtype, q.device)
         _scores(qb, kb, block, heads, scale, softcap, scores)
         probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, q.device))
-        _weighted_values(probs, _keys(v, block, batch), out.view(batch, rows, v_dim))
+        vb = _gather_scratch("kv", _runs(v, block.run), block.key_rows, *keys, v_dim)
+        _weighted_values(probs, vb, out.view(batch, rows, v_dim))
     return flat.index_select(0, layout.output_rows).view(*q.shape[:2], v_dim).to(q.dtype)
 
 

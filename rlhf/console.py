@@ -151,14 +151,11 @@ class Console:
     def warn(self, text: str) -> None:
         self._rich.print(Text.assemble(("warning ", "bold yellow"), text))
 
-    def end_run(self, status: str, *, reason: str | None, facts: Sequence[tuple[str, str]]) -> None:
-        """Stop the bars and say how the run ended. `facts`: (label, text) lines, for example accuracy and
-        report."""
+    def end_run(self, status: str, *, facts: Sequence[tuple[str, str]]) -> None:
+        """Stop the bars and say how the run ended; why is said by who raised it. `facts`: (label, text) lines, for
+        example accuracy and report."""
         self.stop()
-        line = Text.assemble((status, f"bold {_STYLE.get(status, 'yellow')}"))
-        if reason:
-            line.append(f"  {reason}")
-        self._rich.print(line)
+        self._rich.print(Text(status, f"bold {_STYLE.get(status, 'yellow')}"))
         width = max((len(label) for label, _ in facts), default=0)
         for label, text in facts:
             self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), text), soft_wrap=True)

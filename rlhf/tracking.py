@@ -197,7 +197,7 @@ class Tracker:
                 file.close()
             else:  # a full disk must not hide what stopped the run
                 self._guard(file.path.name, file.close)
-        self._guard("terminal", lambda: self._console.end_run(status, reason=reason, facts=self._summary()))
+        self._guard("terminal", lambda: self._console.end_run(status, facts=self._summary()))
         self._save_run()
 
     # --- run.json, the report, the sinks
@@ -304,6 +304,8 @@ class Tracker:
         if any("reward/mean" in r for r in self._headlines):
             first, last, _ = trend_of(self._headlines, "reward/mean")
             facts.append(("training reward", f"{format_value(first)} → {format_value(last)}"))
+        if "model" in self._run["facts"]:
+            facts.append(("model", self._run["facts"]["model"]))
         return [*facts, ("report", str(self.run_dir / REPORT_FILE))]
 
 

@@ -32,7 +32,7 @@ class Runner:
         device, num_tokens = self.model.device, len(packed.token_ids)
         repeats = row_bucket(num_tokens) - num_tokens if device.type == "cpu" else 0
         token_ids, positions, slots = (
-            torch.from_numpy(np.pad(x, (0, repeats), mode="edge")).to(device)
+            torch.from_numpy(np.concatenate([x, np.repeat(x[-1:], repeats)])).to(device)
             for x in (packed.token_ids, packed.positions, packed.slots)
         )
         only_decoding = not step.chunks

@@ -148,6 +148,7 @@ def _run_stages(
             model_dir = run_dir / "model" if stage_plan is stages[-1] else folder / "model"
             offset += _run_stage(stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop)
         _write_json(run_dir / "finished.json", {"steps": offset, "model": "model"})
+        tracker.add_facts({"model": run_dir / "model"})
         tracker.close("finished")
     except BaseException as error:
         if tracker is not None:
