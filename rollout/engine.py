@@ -41,7 +41,12 @@ class Engine:
         self.stats: dict[str, float] = {}  # of the last call, by metric name
         self._context: int = model.config.get_text_config().max_position_embeddings
         self._vocab: int = model.get_input_embeddings().num_embeddings
-        self._pages = KVPages([(heads, size) for heads, size, _ in kv_shapes(model)], config.page_tokens, model.dtype, model.device)
+        self._pages = KVPages(
+            [(heads, size) for heads, size, _ in kv_shapes(model)],
+            config.page_tokens,
+            model.dtype,
+            model.device,
+        )
         self._pool = PagePool(0)
         self._runner = Runner(model, self._pages)
         self._generating = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -58,6 +59,7 @@ from rlhf.runtime.ray_host import (  # noqa: E402
 log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
+_TOKEN = secrets.token_hex(32)  # one for the process: Ray reads it once
 _CLOSE_S = 10.0  # for the workers' own `close` when a run ends well
 _GRACE_S = 3.0  # after a rank failed, for the others: a process that dies makes its peers fail too
 _LONGEST_ROOT = 20  # characters; the path of a Unix socket in a Ray session has 107 at most
@@ -139,14 +141,15 @@ class Cluster:
             except (ConnectionError, RayError, ValueError) as error:
                 raise LaunchError(
                     f"no Ray cluster at runtime.ray_address={address!r} ({error}); start one with "
-                    "`ray start --head`, or leave ray_address out to get one for this run"
+                    "`ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or leave ray_address "
+                    "out to get one for this run"
                 ) from error
 
     def _start(self, specs: Sequence[GroupSpec], runtime: RuntimeConfig) -> None:
         self.address = _LOOPBACK
         self._folder = _Folder()
         self.logs = self._folder.sessions / "session_latest" / "logs"
-        with _own_signals(), _loopback_only(), self._folder.marking():
+        with _own_signals(), _loopback_only(), _own_token(), self._folder.marking():
             ray.init(
                 address="local",
                 # what the plan reserves, however many cores there are: Ray counts, it does not bind
@@ -225,6 +228,23 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, terminate)
     if interrupts:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Around ray.init: a new cluster's servers want a token, by Ray's default; it is a random one of ours.
+
+    Without it Ray makes one for every cluster of this user and writes it to the home folder. A token in the
+    environment is respected.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN"]  # what this process starts later has no business with it
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.kernels import attention
-from rlhf.kernels.attention import Plan, packed_attention, paged_attention, write_kv
+from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention, write_kv
 
 HEADS = [(4, 4), (6, 2), (5, 1)]
 OPTIONS = [
@@ -159,6 +159,18 @@ def test_any_mixture_of_chunks_gives_the_same_bits(data):
     chosen = np.concatenate([np.arange(s + c - n, s + c) for s, c, n in zip(ends(lengths), context, query)])
     pages = Pages(k, v, lengths, data.draw(st.sampled_from([16, 32, 128])))
     assert torch.equal(pages.attend(q[chosen], query, context, scale=0.3, window=window), expected[chosen])
+
+
+def test_repeats_of_the_last_token_get_its_output():
+    """Would catch: rows that fill a bucket and change another row, or read rows that do not exist."""
+    lengths = [5, 1, 30]
+    q, k, v = make(lengths, (4, 2))
+    pages = Pages(k, v, lengths, 16)
+    expected = packed_attention(q, k, v, ends(lengths), scale=0.3)
+    plan = Plan(lengths, lengths, page_table=pages.table, page_tokens=16, num_repeats=4)
+    filled = torch.cat([q, q[-1:].expand(4, -1, -1)])
+    got = attend_paged(filled, pages.k, pages.v, plan, scale=0.3)
+    assert torch.equal(got, torch.cat([expected, expected[-1:].expand(4, -1, -1)]))
 
 
 @pytest.mark.parametrize("window", [None, 40])

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf.models.linear import InvariantLinear, prepare_linears, weights_changed
+from rlhf.models.linear import FastRMSNorm, InvariantLinear, prepare_linears, weights_changed
 
 
 def test_swap_changes_nothing_but_the_class(stock):
@@ -68,3 +69,37 @@ def test_dtypes_without_a_kernel_still_run(dtype):
     want = layer(x)
     prepare_linears(layer)
     assert torch.equal(layer(x), want)
+
+
+@pytest.mark.parametrize(
+    "name,swapped",
+    [("qwen3", 9), ("llama", 5), ("mistral", 5), ("gemma2", 0), ("gemma3_text", 0), ("gpt_neox", 0)],
+)
+def test_only_norms_that_compute_the_same_are_swapped(stock, name, swapped):
+    """Would catch: Gemma's (1 + weight) norm run as Llama's; a swap that changes a bit or a gradient."""
+    model = stock(name)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.normal_(1)
+    inputs = [torch.randn(3, 5, norm.weight.numel()) for norm in norms]
+    want = [norm(x) for norm, x in zip(norms, inputs)]
+    wanted_grads = [torch.autograd.grad(y.square().sum(), n.weight)[0] for n, y in zip(norms, want)]
+    prepare_linears(model)
+    assert sum(isinstance(m, FastRMSNorm) for m in norms) == swapped
+    for norm, x, y, grad in zip(norms, inputs, want, wanted_grads):
+        got = norm(x)
+        assert torch.equal(got, y)
+        assert torch.allclose(torch.autograd.grad(got.square().sum(), norm.weight)[0], grad, rtol=1e-4)
+
+
+def test_a_norm_is_tried_and_not_taken_by_its_name():
+    """Would catch: trust in a class's name and attributes."""
+
+    class ShiftedRMSNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) * (1 + 1 / self.weight)
+
+    model = nn.Sequential(ShiftedRMSNorm(8))
+    prepare_linears(model)
+    assert type(model[0]) is ShiftedRMSNorm

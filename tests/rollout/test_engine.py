@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf import faults
+from rlhf.kernels.linear import row_bucket
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.rng import key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
@@ -427,3 +428,17 @@ def test_the_engines_pages_hold_no_graph(fresh_model):
     engine = make_engine(fresh_model)
     engine.generate(make_requests())
     assert not any(t.requires_grad for t in (*engine._pages.k, *engine._pages.v))
+
+
+def test_rows_of_a_forward_fill_a_bucket(models):
+    """Would catch: padding in every linear again, and a new kernel for each number of decoding samples."""
+    model, _ = models("qwen3")
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        make_engine(model).generate(make_requests(n=7, max_tokens=6))
+    finally:
+        hook.remove()
+    assert len(seen) > 3 and all(row_bucket(n) == n for n in seen)

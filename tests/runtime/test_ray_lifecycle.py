@@ -27,7 +27,7 @@ class Driver:
         self.mark = f"RLHF_TEST_MARK={uuid.uuid4()}"
         self.output = folder / "output.txt"
         name, _, value = self.mark.partition("=")
-        environment = {**os.environ, name: value, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, name: value, "PYTHONPATH": str(ROOT), "HOME": str(folder)}
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "runtime_driver.py"), how],
@@ -105,13 +105,16 @@ def start(tmp_path) -> Iterator:
 
 
 @pytest.mark.parametrize(("how", "code"), [("success", 0), ("exception", 1)])
-def test_nothing_is_left_after_the_controller_ends(start, how, code):
+def test_nothing_is_left_after_the_controller_ends(start, how, code, tmp_path):
     driver = start(how)
     assert driver.process.wait(timeout=120) == code, driver.output.read_text()
     driver.assert_gone(seconds=5.0)
     if how == "exception":
         assert "RuntimeError: the controller fails" in driver.output.read_text()
     assert driver.folder and not Path(driver.folder).exists(), "Ray's folder of this run was left"
+    assert not (tmp_path / ".ray").exists(), (
+        "a key to every cluster of this user was written to the home folder"
+    )
 
 
 def test_nothing_is_left_after_ctrl_c_twice(start):

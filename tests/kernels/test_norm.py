@@ -1,0 +1,78 @@
+"""RMSNorm: transformers' values, its gradients, and a row's bits at every number of rows."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from rlhf.kernels.norm import rms_norm
+
+EPS = 1e-3
+
+
+def stock_norm(weight):
+    norm = LlamaRMSNorm(len(weight), EPS).to(weight.dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    return norm
+
+
+def make(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.logspace(-3, 2, shape[0]).view(
+        -1, *[1] * (len(shape) - 1)
+    )
+    return x.to(dtype), torch.randn(shape[-1], generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 5), (33, 4, 48), (9, 192)])
+def test_values_and_gradients_of_the_stock_module(shape, dtype):
+    """Would catch: a forgotten eps, a bf16 rounding at another place, a gradient without its mean term."""
+    x, weight = make(shape, dtype)
+    norm = stock_norm(weight)
+    assert torch.equal(rms_norm(x, weight, EPS), norm(x).detach())
+    x.requires_grad_(), weight.requires_grad_()
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), grad)
+    want = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, want):
+        assert a.dtype == dtype and (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_gradient_in_float64():
+    """Would catch: a derivative that is only nearly right."""
+    x, weight = make((3, 4, 6), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda a, b: rms_norm(a, b, EPS), (x.requires_grad_(), weight.requires_grad_()), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 48, 100, 192])
+def test_row_does_not_depend_on_number_of_rows(width, dtype):
+    """Would catch: a reduction whose order depends on how rows are shared among threads."""
+    x, weight = make((1000, width), dtype)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            whole = rms_norm(x, weight, EPS)
+            for rows in (1, 7, 256):
+                parts = torch.cat([rms_norm(part, weight, EPS) for part in x.split(rows)])
+                assert torch.equal(whole, parts), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_frozen_weight_and_frozen_input():
+    """Would catch: a backward that fails where only an adapter is trained."""
+    x, weight = make((4, 8), torch.float32)
+    norm = stock_norm(weight)
+    leaf = x.clone().requires_grad_()
+    rms_norm(leaf, weight, EPS).sum().backward()
+    norm.requires_grad_(False)(other := x.clone().requires_grad_()).sum().backward()
+    assert torch.allclose(leaf.grad, other.grad, rtol=1e-4)
+    weight.requires_grad_()
+    rms_norm(x, weight, EPS).sum().backward()
+    assert weight.grad is not None and torch.isfinite(weight.grad).all()
