@@ -77,15 +77,19 @@ class _TokenLogprobs(torch.autograd.Function):
             if entropy:
                 entropies[rows] = torch.special.entr(chunk.exp_()).sum(-1)
         ctx.save_for_backward(logits, targets, entropies)
-        ctx.temperature, ctx.entropy = temperature, entropy
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing in the backward
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         # d logp_t / dz_j = [j = t] - p_j ;  dH / dz_j = -p_j (log p_j + H)
         logits, targets, entropies = ctx.saved_tensors
+        grad = torch.zeros_like(entropies) if grad is None else grad
         grad_logits = torch.empty_like(logits)
         for rows in _chunks(logits):
             temperature = _of_rows(ctx.temperature, rows)
@@ -93,7 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
             target = targets[rows, None]
             out = probs * -grad[rows, None]
             out.scatter_add_(1, target, grad[rows, None])
-            if ctx.entropy:
+            if grad_entropy is not None:
                 slope = torch.special.entr(probs).sub_(probs.mul_(entropies[rows, None]))
                 out.addcmul_(slope, grad_entropy[rows, None])
             grad_logits[rows] = out.div_(

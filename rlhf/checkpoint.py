@@ -125,14 +125,14 @@ def _write_manifest(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
     """Flush every file of `folder`, describe them all in its manifest, and flush that."""
     files = {}
     for path in _files(folder):
-        _fsync(path)
+        flush_to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     body = {"format": FORMAT, "step": step, "meta": dict(meta), "files": files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"sha256": _sha256_of(body), "body": body}, indent=1), encoding="utf-8")
-    _fsync(manifest)
+    flush_to_disk(manifest)
     for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _fsync(directory)
+        flush_to_disk(directory)
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -144,7 +144,7 @@ def _replace(temporary: Path, final: Path) -> None:
             _delete(old)
         final.rename(old)
     temporary.rename(final)
-    _fsync(final.parent)
+    flush_to_disk(final.parent)
     if old.exists():
         _delete(old)
 
@@ -334,7 +334,8 @@ def _folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a directory's entries, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -172,7 +172,8 @@ class KVPages:
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that could be taken on the device now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be reused
+        return torch.cuda.mem_get_info(device)[0] + unused
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):

@@ -541,12 +541,12 @@ def _share(model: torch.nn.Module, micro: Batch, loss_fn: LossFn) -> tuple[torch
     same: the other processes wait for this one's share in every exchange that its passes make."""
     if len(micro):
         return loss_fn(model, micro)
-    loss, sums = loss_fn(model, _stand_in(micro))
+    loss, sums = loss_fn(model, stand_in(micro))
     nothing = {n: torch.full_like(s, -_sign(n) * math.inf if _sign(n) else 0.0) for n, s in sums.items()}
     return loss * 0.0, nothing
 
 
-def _stand_in(empty: Batch) -> Batch:
+def stand_in(empty: Batch) -> Batch:
     """One row of two tokens in which nothing counts, with the fields that `empty` has."""
     changes: dict[str, Any] = {}
     for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):

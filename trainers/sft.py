@@ -7,7 +7,7 @@ from rlhf.trainers.stage import Stage
 
 
 def train_sft(stage: Stage) -> None:
-    """Run the stage's remaining steps; `stage` resumes, publishes, evaluates, tracks and saves around them."""
+    """Run the stage's remaining steps; `stage` resumes, evaluates, tracks and saves around them."""
     trainer = stage.recipe.trainer
     for step in stage.steps():
         batch = make_sft_batch(stage.examples(step))
@@ -16,5 +16,4 @@ def train_sft(stage: Stage) -> None:
             for _ in range(trainer.passes_per_step)
             for minibatch in split_minibatches(batch, trainer.minibatches_per_step, by_groups=False)
         ]
-        stage.publish()
         stage.track(step, batch=batch, updates=updates)

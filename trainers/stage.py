@@ -67,7 +67,6 @@ class Stage:
     scorer: Scorer | None = None
     sampler: Sampler | None = None
     reference: Reference | None = None
-    exact: bool = False  # the engine's log-probs were found bitwise equal to the trainer's on this machine
     fingerprint: Mapping[str, str] = field(default_factory=dict)  # of recipe and data, kept in checkpoints
     should_stop: Callable[[], bool] = lambda: False
     progress: Progress = field(default_factory=Progress)
@@ -85,6 +84,8 @@ class Stage:
             self._evaluate()
             self._write_record()
         for step in range(self.progress.step, self.total_steps):
+            if self.should_stop():
+                raise Preempted(f"stopped before step {self.offset + step + 1} of stage {self.name!r}")
             at_step(self.offset + step + 1)
             self.actor.group.call("set_step", self.offset + step + 1)
             yield step
@@ -97,7 +98,7 @@ class Stage:
             stop = self.should_stop()
             if last or stop or (step + 1) % self.recipe.run.save_every == 0:
                 self._save()
-            if stop and not last:
+            if stop:
                 raise Preempted(f"stopped after step {self.offset + step + 1} of stage {self.name!r}; state saved")
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -115,11 +116,11 @@ class Stage:
     def old_logprobs(self, batch: Batch) -> torch.Tensor | None:
         """(B, T) fp32: log-probs under the weights before this step's updates; None = those of the update's own forward.
 
-        With one update on samples of an exact engine the update's forward gives them for nothing, and what it gives is
-        still compared with what the sampler reported (mismatch/*).
+        With one update a step that forward gives them for nothing, and they are still compared with what the sampler
+        reported (mismatch/*).
         """
         trainer = self.recipe.trainer
-        if self.exact and trainer.minibatches_per_step * trainer.passes_per_step == 1:
+        if trainer.minibatches_per_step * trainer.passes_per_step == 1:
             return None
         return self.actor.score(batch)
 
@@ -158,7 +159,10 @@ class Stage:
         if rollouts is not None:
             before = self.progress.version - sum(not u.skipped for u in updates)
             self._metrics |= rollout_metrics(rollouts, version=before) | self.scorer.stats
-            self._metrics |= advantage_metrics(batch) | {"weights/version": float(self.progress.version)}
+            self._metrics |= advantage_metrics(batch) | {
+                "rollout/masked_frac": 1.0 - batch.num_loss_sequences / len(batch),
+                "weights/version": float(self.progress.version),
+            }
             self._timings["rollout_tokens"] = float(sum(len(r.response_ids) for r in rollouts))
             self.tracker.samples(self.offset + step + 1, self.name, rollouts)
 

@@ -25,7 +25,7 @@ from rlhf.process import ProcessInfo
 from rlhf.recipe.schema import Recipe
 from rlhf.records import Batch
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
-from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process
+from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
 
 TENSORS_FILE = "trainer.safetensors"
@@ -106,6 +106,7 @@ class Worker(WeightMethods):
         """Facts for the log: number of parameters and of trained ones, exactness of the engine on this machine."""
         model = self.actor.module if self.actor else self.reference if self.reference is not None else self.engine.model
         facts: dict[str, Any] = {
+            "device": self.info.device,
             "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters()),
         }
         if self.engine is not None:
@@ -145,9 +146,10 @@ class Worker(WeightMethods):
         scores = []
         with torch.no_grad():
             for micro in micro_batches:
-                on_device = micro.to(self.info.device)
+                # Under ZeRO-3 every process takes part in every forward, one without rows too.
+                on_device = (micro if len(micro) else stand_in(micro)).to(self.info.device)
                 logprobs, _ = batch_logprobs(model, on_device, temperature=self.recipe.rollout.temperature)
-                scores.append(logprobs.cpu())
+                scores.append(logprobs[: len(micro)].cpu())
         return scores
 
     def update(self, micro_batches: Sequence[Batch], loss: str) -> UpdateStats:

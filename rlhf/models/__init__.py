@@ -1,7 +1,7 @@
 """Models and tokenizers: built or loaded, prepared for training and for the engine, saved for anyone."""
 
 from rlhf.models.build import build_model, build_tokenizer
-from rlhf.models.load import context_length, load_model, load_tokenizer, save_model
+from rlhf.models.load import context_length, generation_stop_ids, load_model, load_tokenizer, save_model
 from rlhf.models.probe import ExactnessReport, probe_exactness
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "context_length",
+    "generation_stop_ids",
     "load_model",
     "load_tokenizer",
     "probe_exactness",

@@ -72,6 +72,23 @@ def context_length(model_config: ModelConfig) -> int:
     return config.get_text_config().max_position_embeddings
 
 
+def generation_stop_ids(model_config: ModelConfig, model: nn.Module | None = None) -> list[int]:
+    """The tokens at which the model's own generation_config ends a response: a chat model may have others than its
+    tokenizer's end of sequence. Empty for a built model and for one without that file."""
+    if model is not None:
+        return _as_ids(model.generation_config.eos_token_id)
+    if model_config.path is None:
+        return []
+    folder = _folder(model_config.path, _revision(model_config), _SMALL_FILES, "model.path")
+    if not (folder / "generation_config.json").is_file():
+        return []
+    return _as_ids(json.loads((folder / "generation_config.json").read_text()).get("eos_token_id"))
+
+
+def _as_ids(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
 def load_model(
     model_config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,

@@ -77,7 +77,7 @@ def _packed_logprobs(model: nn.Module, prompts: list[torch.Tensor]) -> list[torc
     """(n, V) fp32 for each prompt, from one packed forward."""
     lengths = [len(p) for p in prompts]
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    with packed_attention(_Packed(torch.tensor(ends))):
+    with packed_attention(_Packed(torch.tensor(ends, device=prompts[0].device))):
         return list(_forward(model, prompts, [range(n) for n in lengths]).split(lengths))
 
 

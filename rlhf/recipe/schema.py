@@ -224,7 +224,7 @@ class TrainerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: kept, or taken to min_lr_ratio at the last step."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from 0."""
+    """Updates (optimiser steps) over which the learning rate rises from 0."""
     min_lr_ratio: Fraction = 0.0
     """Last learning rate as a share of the peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -414,6 +414,9 @@ class Recipe(Section):
             keys = ("placement", "method", "evaluation", "algorithm.kl_coef")
             yield keys, f"no group holds {', '.join(missing)}; add it to a group's roles"
         if self.runtime.backend == "local":
+            if len(self.groups) > 1 and any(group.gpus for group in self.groups.values()):
+                message = "one process drives one GPU: put every role into one group, or set runtime.backend: ray"
+                yield ("placement", "runtime.backend"), message
             for name, group in self.groups.items():
                 if group.num_processes > 1:
                     message = f"{group.num_processes} processes need Ray; set runtime.backend: ray"

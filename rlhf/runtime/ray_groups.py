@@ -75,6 +75,7 @@ _STDERR_LINES = 20
 _PASSED_ON = (
     "RLHF_FAULTS",
     "HF_HOME",
+    "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -389,7 +390,7 @@ def _shared(value: Any) -> Any:
 
 def actor_environment(spec: GroupSpec) -> dict[str, str]:
     """Variables that must be set before the actor's Python starts."""
-    variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    variables = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(("NCCL_", "GLOO_"))}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         variables[name] = str(spec.threads)
     variables["TOKENIZERS_PARALLELISM"] = "false"

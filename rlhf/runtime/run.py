@@ -26,12 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from rlhf.checkpoint import Checkpoint, CheckpointError, find_checkpoint, run_lock
+from rlhf.checkpoint import Checkpoint, CheckpointError, find_checkpoint, flush_to_disk, run_lock
 from rlhf.console import Console
 from rlhf.data import PromptDataset, SftDataset, load_prompts, load_sft, num_steps
-from rlhf.models import context_length, load_tokenizer
+from rlhf.models import context_length, generation_stop_ids, load_tokenizer
 from rlhf.recipe.load import Plan, dump_plan
 from rlhf.recipe.load import Stage as StagePlan
 from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig
@@ -91,8 +92,9 @@ def train_plan(plan: Plan, *, objects: Objects | None = None, fresh: bool = Fals
     its processes are gone; `Preempted` after SIGTERM.
     """
     run_dir, console = _run_dir(plan), console or Console()
-    if fresh:
-        move_aside(run_dir)
+    if fresh and run_dir.exists():
+        with run_lock(run_dir):  # never from under a run that is alive
+            move_aside(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir), _SigtermFlag() as asked_to_stop:
         _run_stages(plan, run_dir, objects or Objects(), console, asked_to_stop)
@@ -117,42 +119,42 @@ def _run_stages(
     if (run_dir / "finished.json").is_file():
         console.say(f"{run_dir} is already finished; --fresh moves it aside and runs again")
         return
-    (run_dir / "recipe.yaml").write_text(resolved)
+    if not (run_dir / "recipe.yaml").is_file():
+        _write_durably(run_dir / "recipe.yaml", resolved)
 
-    stages, offset = _stages_in_order(plan, run_dir), 0
+    remaining, offset = _stages_in_order(plan, run_dir), 0
     spans: list[tuple[StagePlan, int, int]] = []  # finished stages: first and last step
-    tracker: Tracker | None = None
+    while remaining and (run_dir / "stages" / remaining[0].name / "finished.json").is_file():
+        done = remaining.pop(0)
+        steps = json.loads((run_dir / "stages" / done.name / "finished.json").read_text())["steps"]
+        spans.append((done, offset + 1, offset + steps))
+        offset += steps
+    checkpoint = find_checkpoint(run_dir / "stages" / remaining[0].name / "checkpoints") if remaining else None
+    reached = offset + (checkpoint.meta["progress"]["step"] if checkpoint else 0)
+    tracker = Tracker(
+        run_dir,
+        plan.stages[0].recipe.tracking,
+        run_name=run_dir.name,
+        resolved_recipe=yaml.safe_load(resolved),
+        resume_step=reached or None,
+        console=console,
+        recipe_source=plan.source,
+    )
     try:
-        for stage_plan in stages:
+        for done, first, last in spans:
+            tracker.begin_stage(done.name, method=done.recipe.method, first_step=first, last_step=last)
+        for stage_plan in remaining:
+            if asked_to_stop():
+                raise Preempted(f"stopped before stage {stage_plan.name!r}")
             folder = run_dir / "stages" / stage_plan.name
-            done = folder / "finished.json"
-            if done.is_file():
-                steps = json.loads(done.read_text())["steps"]
-                spans.append((stage_plan, offset + 1, offset + steps))
-                offset += steps
-                continue
-            checkpoint = find_checkpoint(folder / "checkpoints")
-            if tracker is None:
-                reached = offset + (checkpoint.meta["progress"]["step"] if checkpoint else 0)
-                tracker = Tracker(
-                    run_dir,
-                    stage_plan.recipe.tracking,
-                    run_name=run_dir.name,
-                    resolved_recipe=yaml.safe_load(resolved),
-                    resume_step=reached or None,
-                    console=console,
-                    recipe_source=plan.source,
-                )
-                for finished, first, final in spans:
-                    tracker.begin_stage(finished.name, method=finished.recipe.method, first_step=first, last_step=final)
-            model_dir = run_dir / "model" if stage_plan is stages[-1] else folder / "model"
+            model_dir = run_dir / "model" if stage_plan is remaining[-1] else folder / "model"
             offset += _run_stage(stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop)
-        _write_json(run_dir / "finished.json", {"steps": offset, "model": "model"})
+            checkpoint = None
         tracker.add_facts({"model": run_dir / "model"})
         tracker.close("finished")
+        _write_json(run_dir / "finished.json", {"steps": offset, "model": "model"})
     except BaseException as error:
-        if tracker is not None:
-            tracker.close(_STATUS.get(type(error), "failed"), reason=f"{type(error).__name__}: {error}")
+        tracker.close(_STATUS.get(type(error), "failed"), reason=f"{type(error).__name__}: {error}")
         raise
 
 
@@ -171,7 +173,7 @@ def _run_stage(
     tokenizer = objects.tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
     data, eval_sets = _load_data(recipe, tokenizer, objects)
     scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
-    sampling, eval_sampling = _sampling(recipe, tokenizer)
+    sampling, eval_sampling = _sampling(recipe, tokenizer, objects)
     total_steps = trainer.steps or num_steps(len(data), epochs=trainer.epochs, rows_per_step=trainer.prompts_per_step)
     updates = total_steps * trainer.minibatches_per_step * trainer.passes_per_step
     tracker.begin_stage(
@@ -184,7 +186,7 @@ def _run_stage(
     tracker.phase("starting processes and loading models")
     with launch(_specs(recipe, updates, objects), recipe.runtime) as groups:
         clock, micro = Clock(), trainer.micro_batch_tokens
-        described = {name: groups[name].call("describe")[0] for name in groups}
+        _report_exactness(recipe, [facts for group in groups.values() for facts in group.call("describe")], tracker)
         stage = Stage(
             name=plan.name,
             recipe=recipe,
@@ -205,16 +207,17 @@ def _run_stage(
             clock=clock,
             sampling=sampling,
             eval_sampling=eval_sampling,
-            exact=_report_exactness(recipe, described, tracker),
             fingerprint={"data": data.fingerprint},
             should_stop=asked_to_stop,
         )
         if checkpoint is not None:
+            for damaged in checkpoint.damaged:
+                tracker.warn(f"checkpoint {damaged.path} is damaged and passed over: {damaged.reason}")
             _check_fingerprint(checkpoint, stage.fingerprint)
             stage.resume(checkpoint)
         METHODS[recipe.method](stage)
         _export(groups, model_dir)
-    _write_json(folder / "finished.json", {"stage": plan.name, "steps": total_steps, "model": str(model_dir)})
+        _write_json(folder / "finished.json", {"stage": plan.name, "steps": total_steps})
     return total_steps
 
 
@@ -254,10 +257,10 @@ def _room(context: int, response_tokens: int, section: str) -> int:
     return context - response_tokens
 
 
-def _sampling(recipe: Recipe, tokenizer: Any) -> tuple[SamplingParams, SamplingParams]:
+def _sampling(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[SamplingParams, SamplingParams]:
     """Sampling for training and for evaluation, with the stop texts of the recipe as token ids."""
     r, e = recipe.rollout, recipe.evaluation
-    stop_ids = [tokenizer.eos_token_id]
+    stop_ids = [tokenizer.eos_token_id, *generation_stop_ids(recipe.model, objects.model)]
     for text in r.stop:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
@@ -268,18 +271,20 @@ def _sampling(recipe: Recipe, tokenizer: Any) -> tuple[SamplingParams, SamplingP
         top_k=r.top_k,
         top_p=r.top_p,
         max_tokens=r.max_response_tokens,
-        stop_ids=tuple(stop_ids),
+        stop_ids=tuple(dict.fromkeys(stop_ids)),
     )
     evaluation = SamplingParams(
         temperature=e.temperature,
         max_tokens=e.max_response_tokens or r.max_response_tokens,
-        stop_ids=tuple(stop_ids),
+        stop_ids=tuple(dict.fromkeys(stop_ids)),
     )
     return train, evaluation
 
 
 def _specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpec]:
     groups = recipe.groups
+    if not recipe.placement and torch.cuda.is_available():  # one group with every role, on the GPU if there is one
+        groups = {name: group.model_copy(update={"gpus": 1}) for name, group in groups.items()}
     processes = sum(g.num_processes for g in groups.values()) if recipe.runtime.backend == "ray" else 1
     threads = recipe.runtime.threads or max(1, (os.cpu_count() or 1) // processes)
     return [
@@ -313,19 +318,22 @@ def _sampler(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any) -> Sa
     return Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
 
 
-def _report_exactness(recipe: Recipe, described: Mapping[str, Mapping[str, Any]], tracker: Tracker) -> bool:
-    """Whether every engine was found to be exact on this machine; said aloud where it was asked for and is not so."""
-    parameters = max(d["parameters"] for d in described.values())
-    reports = [d["exactness"] for d in described.values() if "exactness" in d]
-    exact = recipe.runtime.deterministic and bool(reports) and all(r.exact for r in reports)
+def _report_exactness(recipe: Recipe, described: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
+    """Say whether engine and trainer agree bit for bit on these machines, aloud where it was asked for and is not so.
+
+    It holds if every engine passed its probe, and trainer and engine run on the same kind of device.
+    """
+    parameters = max(d["parameters"] for d in described)
+    reports = [d["exactness"] for d in described if "exactness" in d]
+    one_kind = len({d["device"] for d in described}) == 1
+    exact = recipe.runtime.deterministic and bool(reports) and one_kind and all(r.exact for r in reports)
     tracker.add_facts({"parameters": f"{parameters:,}", "log-probs of engine and trainer bitwise equal": exact})
     if recipe.runtime.deterministic and reports and not exact:
         worst = max(r.max_abs_diff for r in reports)
         tracker.warn(
-            f"log-probs of engine and trainer are not bitwise equal here (largest difference {worst:.2e} nats); "
-            "the old log-probs are computed by the trainer instead"
+            f"log-probs of engine and trainer are not bitwise equal here (largest difference in the probe {worst:.2e} "
+            "nats); mismatch/* says by how much in every step"
         )
-    return exact
 
 
 def _export(groups: Groups, model_dir: Path) -> None:
@@ -333,8 +341,11 @@ def _export(groups: Groups, model_dir: Path) -> None:
     partial = model_dir.with_name(model_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     groups.for_role("actor").call("export", str(partial))
+    for file in [*partial.rglob("*"), partial]:
+        flush_to_disk(file)
     shutil.rmtree(model_dir, ignore_errors=True)
     partial.rename(model_dir)
+    flush_to_disk(model_dir.parent)
 
 
 # -- the run directory ----------------------------------------------------------------------------------------------
@@ -355,7 +366,28 @@ def _stages_in_order(plan: Plan, run_dir: Path) -> list[StagePlan]:
 
 
 # Changing these between two runs of the same command does not change what the run computes.
-_MAY_CHANGE = ("tracking", "run.save_every", "run.keep_last", "run.output_dir", "runtime")
+# Where a different number of processes or cut of the batch changes the rounding, the curve stays within 1e-5.
+_MAY_CHANGE = (
+    "tracking",
+    "placement",
+    "run.save_every",
+    "run.keep_last",
+    "run.output_dir",
+    "runtime.backend",
+    "runtime.launch_timeout_s",
+    "runtime.call_timeout_s",
+    "runtime.weight_transport",
+    "runtime.bucket_mb",
+    "runtime.ray_address",
+    "rollout.page_tokens",
+    "rollout.cache_tokens",
+    "rollout.max_batch_tokens",
+    "rollout.max_sequences",
+    "rollout.prefix_cache",
+    "trainer.micro_batch_tokens",
+    "trainer.zero_stage",
+    "trainer.offload_optimizer",
+)
 
 
 def _check_same_recipe(path: Path, resolved: str) -> None:
@@ -365,13 +397,21 @@ def _check_same_recipe(path: Path, resolved: str) -> None:
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f".{free}" in f".{key}" for free in _MAY_CHANGE)
+        if before.get(key) != now.get(key) and not _may_change(key)
     ]
     if changed:
         raise ValueError(
             f"{path.parent} holds a run of another recipe ({'; '.join(changed)}); choose another run.name, or --fresh to "
             "move that run aside"
         )
+
+
+def _may_change(key: str) -> bool:
+    parts = key.split(".")
+    if parts[0] == "stages":
+        parts = parts[2:]
+    path = ".".join(parts)
+    return any(path == free or path.startswith(f"{free}.") for free in _MAY_CHANGE)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -401,9 +441,17 @@ def move_aside(run_dir: Path) -> Path | None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write_durably(path, json.dumps(value, indent=1))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Whole and on the disk, or not there at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+    flush_to_disk(partial)
     partial.rename(path)
+    flush_to_disk(path.parent)
 
 
 class _SigtermFlag:
