@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 __version__ = "0.1.0"
+
+# Waiting threads sleep instead of spinning: with any other busy process on the cores, spinning costs 4 to 60 times.
+# OpenMP reads it when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # From a source checkout the parts lie beside this folder: kernels/, rollout/, reward/, trainers/.
 _root = Path(__file__).resolve().parent.parent

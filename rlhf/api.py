@@ -140,6 +140,8 @@ def _rewards(reward: Any) -> tuple[list[dict[str, Any]], dict[str, Callable]]:
         if isinstance(part, str):
             entries.append({"function": part})
             continue
+        if not callable(part):
+            raise ValueError(f"reward={part!r} is neither a function nor the name of a built-in rule")
         name = name or part.__name__
         if name in functions:
             raise ValueError(f"two reward functions are named {name!r}; pass a dict of name -> function")
@@ -153,5 +155,7 @@ def _dataset(config: dict[str, Any], dataset: Any) -> list[Mapping[str, Any]] | 
     if isinstance(dataset, str | Path):
         config["path"] = str(dataset)
         return None
+    if not isinstance(dataset, Iterable):
+        raise ValueError(f"a dataset of {dataset!r}: give a path, a hub name, or rows (dicts by column name)")
     config["path"] = IN_MEMORY
     return list(dataset)

@@ -44,7 +44,11 @@ _held_here: dict[Path, dict[str, Any]] = {}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read, or the run directory is in use."""
+    """A checkpoint cannot be written or read."""
+
+
+class RunInUseError(CheckpointError):
+    """Another run holds the run directory."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ def load_tensors(path: Path | str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path | str) -> Iterator[None]:
-    """Hold `run_dir` for this process. Raises CheckpointError naming host, process and start of the run that
+    """Hold `run_dir` for this process. Raises RunInUseError naming host, process and start of the run that
     has it.
 
     The operating system frees the lock when the process ends, however it ends.
@@ -287,14 +291,14 @@ def run_lock(run_dir: Path | str) -> Iterator[None]:
     # A record lock belongs to the process: a child that outlives a killed run does not keep it. In return
     # this process would be granted it twice, and loses it if it ever opens and closes the file a second time.
     if path in _held_here:
-        raise CheckpointError(_in_use(path, _held_here[path]))
+        raise RunInUseError(_in_use(path, _held_here[path]))
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise CheckpointError(_in_use(path, _read_owner(path))) from None
+            raise RunInUseError(_in_use(path, _read_owner(path))) from None
         owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -6,7 +6,6 @@ with torch, only once the recipe is known to be valid.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,9 +43,6 @@ def train(
 ) -> None:
     """Run a recipe. The same command again continues a run that was interrupted."""
     plan = _load(recipe, overrides)
-    # Waiting threads sleep instead of spinning: with any other busy process on the cores, spinning costs 4 to 60 times.
-    # Read by OpenMP when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rlhf.runtime.run import run_plan
 
     sys.exit(run_plan(plan, fresh=fresh))

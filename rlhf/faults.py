@@ -25,6 +25,8 @@ POINTS = (
     "checkpoint.after_rename",
     "checkpoint.delete_old",
     "track",
+    "stage.export",
+    "stage.finished",
 )
 
 KINDS = ("kill9", "term", "raise", "sleep", "enospc")

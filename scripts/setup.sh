@@ -66,7 +66,7 @@ install() {
   local target=. progress=()
   [ -z "$extras" ] || target=".[$extras]"
   [ -t 1 ] || progress=(--quiet)
-  echo "setup: installing into $PWD/$venv (about 2 GB, some minutes)"
+  echo "setup: installing into $PWD/$venv (2 GB, with CUDA 6 GB; some minutes)"
   "$venv/bin/python" -m pip install ${progress[@]+"${progress[@]}"} --disable-pip-version-check \
     -c constraints.txt -e "$target" || fail "pip could not install the packages; its message is above"
   fingerprint >"$venv/.ready-${extras:-plain}"

@@ -29,9 +29,17 @@ from typing import Any
 import torch
 import yaml
 
-from rlhf.checkpoint import Checkpoint, CheckpointError, find_checkpoint, flush_to_disk, run_lock
+from rlhf.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    RunInUseError,
+    find_checkpoint,
+    flush_to_disk,
+    run_lock,
+)
 from rlhf.console import Console
-from rlhf.data import PromptDataset, SftDataset, load_prompts, load_sft, num_steps
+from rlhf.data import PromptDataset, SftDataset, load_prompts, load_sft, num_steps, step_rows
+from rlhf.faults import fault_point
 from rlhf.models import context_length, generation_stop_ids, load_tokenizer
 from rlhf.recipe.load import Plan, dump_plan
 from rlhf.recipe.load import Stage as StagePlan
@@ -77,9 +85,11 @@ def run_plan(plan: Plan, *, fresh: bool = False) -> int:
         _complain(console, str(preempted))
         return EXIT_PREEMPTED
     except Exception as error:  # the outermost boundary: say it, keep the traceback, exit non-zero
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "error.log").write_text(traceback.format_exc())
-        _complain(console, f"{type(error).__name__}: {error}\nThe traceback is in {run_dir / 'error.log'}")
+        text = f"{type(error).__name__}: {error}"
+        if run_dir.is_dir() and not isinstance(error, RunInUseError):  # that folder is another run's
+            (run_dir / "error.log").write_text(traceback.format_exc())
+            text += f"\nThe traceback is in {run_dir / 'error.log'}"
+        _complain(console, text)
         if os.environ.get("RLHF_DEBUG"):
             traceback.print_exc()
         return EXIT_ERROR
@@ -95,7 +105,10 @@ def train_plan(plan: Plan, *, objects: Objects | None = None, fresh: bool = Fals
     if fresh and run_dir.exists():
         with run_lock(run_dir):  # never from under a run that is alive
             move_aside(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the run directory {run_dir} cannot be made: {error.strerror}; set run.output_dir") from error
     with run_lock(run_dir), _SigtermFlag() as asked_to_stop:
         _run_stages(plan, run_dir, objects or Objects(), console, asked_to_stop)
     return run_dir / "model"
@@ -115,12 +128,12 @@ def _run_stages(
     plan: Plan, run_dir: Path, objects: Objects, console: Console, asked_to_stop: Callable[[], bool]
 ) -> None:
     resolved = dump_plan(plan)
-    _check_same_recipe(run_dir / "recipe.yaml", resolved)
+    if any(run_dir.glob("stages/*/*")):  # before the first checkpoint nothing binds the run to its recipe
+        _check_same_recipe(run_dir / "recipe.yaml", resolved)
     if (run_dir / "finished.json").is_file():
         console.say(f"{run_dir} is already finished; --fresh moves it aside and runs again")
         return
-    if not (run_dir / "recipe.yaml").is_file():
-        _write_durably(run_dir / "recipe.yaml", resolved)
+    _write_durably(run_dir / "recipe.yaml", resolved)
 
     remaining, offset = _stages_in_order(plan, run_dir), 0
     spans: list[tuple[StagePlan, int, int]] = []  # finished stages: first and last step
@@ -183,6 +196,7 @@ def _run_stage(
         left_out = [f"{n} {what}" for what, n in dataset.counts.items() if n and what != "kept"]
         if left_out:
             tracker.warn(f"{name}: {len(dataset)} rows kept, {', '.join(left_out)}".replace("_", " "))
+    step_rows(len(data), seed=recipe.run.seed, step=0, rows_per_step=trainer.prompts_per_step)  # enough for a step?
     tracker.phase("starting processes and loading models")
     with launch(_specs(recipe, updates, objects), recipe.runtime) as groups:
         clock, micro = Clock(), trainer.micro_batch_tokens
@@ -218,6 +232,7 @@ def _run_stage(
         METHODS[recipe.method](stage)
         _export(groups, model_dir)
         _write_json(folder / "finished.json", {"stage": plan.name, "steps": total_steps})
+        fault_point("stage.finished")
     return total_steps
 
 
@@ -341,6 +356,7 @@ def _export(groups: Groups, model_dir: Path) -> None:
     partial = model_dir.with_name(model_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     groups.for_role("actor").call("export", str(partial))
+    fault_point("stage.export")
     for file in [*partial.rglob("*"), partial]:
         flush_to_disk(file)
     shutil.rmtree(model_dir, ignore_errors=True)
@@ -391,19 +407,22 @@ _MAY_CHANGE = (
 
 
 def _check_same_recipe(path: Path, resolved: str) -> None:
-    if not path.is_file():
-        return
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(resolved))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _may_change(key)
-    ]
+    changed = changed_keys(path.read_text(), resolved) if path.is_file() else []
     if changed:
         raise ValueError(
             f"{path.parent} holds a run of another recipe ({'; '.join(changed)}); choose another run.name, or --fresh to "
             "move that run aside"
         )
+
+
+def changed_keys(before_yaml: str, now_yaml: str) -> list[str]:
+    """The keys in which two resolved recipes compute different things: "key: before -> now"."""
+    before, now = _flat(yaml.safe_load(before_yaml)), _flat(yaml.safe_load(now_yaml))
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _may_change(key)
+    ]
 
 
 def _may_change(key: str) -> bool:

@@ -6,6 +6,9 @@ import math
 
 import pytest
 
+from rlhf.checkpoint import CheckpointError, run_lock
+from rlhf.recipe.load import plan_from_dict
+from rlhf.runtime.run import changed_keys, train_plan
 from tests.e2e.running import assert_same_run, records
 
 
@@ -58,17 +61,19 @@ def test_sampler_and_trainer_agree_in_every_form(tiny, train, overrides):
     assert grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]  # the policy moved, and away from the reference
 
 
-def test_killed_six_times_is_the_uninterrupted_run(tiny, train):
+def test_killed_eight_times_is_the_uninterrupted_run(tiny, train):
     """Would catch: any state that a checkpoint forgets (moments, position, version, records written twice or lost)."""
     done, whole = train(tiny, name="whole")
     assert done.returncode == 0, done.stdout + done.stderr
     points = (
         "train.backward@2=kill9",
         "checkpoint.before_rename@4=kill9",
+        "stage.export@4=kill9",
         "rollout.mid@6=kill9",
         "checkpoint.after_rename@8=kill9",
         "track@9=kill9",
         "checkpoint.delete_old@10=kill9",
+        "stage.finished=kill9",
     )
     for point in points:
         done, killed = train(tiny, name="killed", faults=point)
@@ -89,9 +94,33 @@ def test_sigterm_saves_and_says_preempted(tiny, train):
     assert_same_run(whole, run_dir)
 
 
+def test_fresh_does_not_take_the_folder_of_a_live_run(tiny, tmp_path, monkeypatch):
+    """Would catch: two runs writing into one folder after the second moved the first one's away."""
+    monkeypatch.chdir(tmp_path)
+    plan = plan_from_dict(tiny)
+    with run_lock(tmp_path / "runs" / "tiny"):
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            train_plan(plan, fresh=True)
+    assert (tmp_path / "runs" / "tiny").is_dir()
+    assert not (tmp_path / "runs" / "tiny.old-1").exists()
+
+
+def test_what_may_change_on_resume():
+    """Would catch: a refused change of the cut of a batch, or an accepted one that changes the numbers."""
+    before = "runtime: {deterministic: true, threads: 1}\ntrainer: {micro_batch_tokens: 8}\nstages: {a: {rollout: {page_tokens: 16}}}"
+    allowed = before.replace("micro_batch_tokens: 8", "micro_batch_tokens: 4").replace("page_tokens: 16", "page_tokens: 64")
+    assert changed_keys(before, allowed) == []
+    assert changed_keys(before, before.replace("true", "false").replace("threads: 1", "threads: 2")) == [
+        "runtime.deterministic: True -> False",
+        "runtime.threads: 1 -> 2",
+    ]
+
+
 def test_another_recipe_in_the_same_directory_is_refused(tiny, train):
-    """Would catch: a resumed run that silently mixes two recipes."""
-    done, _ = train(tiny, faults="track@2=kill9")
+    """Would catch: a resumed run that silently mixes two recipes, or a typo's fix that needs another run name."""
+    done, _ = train(tiny, "rollout.temperature=0.9", faults="track@1=kill9")
+    assert done.returncode == -9
+    done, _ = train(tiny, faults="track@4=kill9")  # nothing was saved: the corrected recipe starts over
     assert done.returncode == -9
     done, _ = train(tiny, "rollout.temperature=0.7")
     assert done.returncode == 1
