@@ -148,7 +148,8 @@ def test_ray_run_is_bitwise_the_local_run(tiny, train):
 
 @pytest.mark.ray
 def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
-    """Would catch: adapters or ZeRO-3 shards that are lost on the way to another process."""
+    """Would catch: adapters or ZeRO-3 shards that are lost on the way to another process; a process without rows that
+    leaves the other one waiting (nine rows, one in a micro-batch, on two processes)."""
     spread = tiny | {
         "placement": {
             "train": {"roles": ["actor"], "processes": 2},
@@ -156,7 +157,10 @@ def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
         },
         "runtime": {"backend": "ray", "threads": 1, "weight_transport": "collective"},
     }
-    done, run_dir = train(spread, "stages.grpo.model.lora.rank=4", "stages.grpo.trainer.zero_stage=3")
+    odd = ["prompts_per_step=3", "minibatches_per_step=3", "micro_batch_tokens=20", "zero_stage=3"]
+    done, run_dir = train(
+        spread, "rollout.group_size=3", "stages.grpo.model.lora.rank=4", *(f"stages.grpo.trainer.{o}" for o in odd)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
     assert [r["mismatch/logprob_abs_max"] for r in grpo] == [0.0] * 6
