@@ -165,6 +165,7 @@ def main() -> None:
     ratio = results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"]
     report = {
         "benchmark": "rollout_vs_hf",
+        "date": time.strftime("%Y-%m-%d"),
         "parameters": sum(p.numel() for p in stock.parameters()),
         "prompts": args.prompts,
         "samples": args.samples,
@@ -180,7 +181,8 @@ def main() -> None:
     )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "rollout_vs_hf.json").write_text(json.dumps(report, indent=2) + "\n")
+        name = f"rollout_vs_hf-{report['date']}-{torch.get_num_threads()}-threads.json"
+        (args.out / name).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
