@@ -65,10 +65,6 @@ class PagedContext:
     page_table: np.ndarray | torch.Tensor  # (S, max pages) int, pages of each sequence in order
     context_lens: np.ndarray | torch.Tensor | Sequence[int]  # (S,) positions, new tokens included
     query_starts: np.ndarray | torch.Tensor | Sequence[int]  # (S+1,), where each sequence's new tokens begin
-    num_decodes: int | None = None  # the first so many sequences have one new token each
-    max_context: int | None = (
-        None  # largest of context_lens; these two are for kernels that must not read tensors back
-    )
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:

@@ -281,17 +281,18 @@ def _sampling(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[Samplin
         if len(ids) != 1:
             raise ValueError(f"rollout.stop: {text!r} is {len(ids)} tokens; a stop must be one token of the vocabulary")
         stop_ids.append(ids[0])
+    unique = tuple(dict.fromkeys(stop_ids))
     train = SamplingParams(
         temperature=r.temperature,
         top_k=r.top_k,
         top_p=r.top_p,
         max_tokens=r.max_response_tokens,
-        stop_ids=tuple(dict.fromkeys(stop_ids)),
+        stop_ids=unique,
     )
     evaluation = SamplingParams(
         temperature=e.temperature,
         max_tokens=e.max_response_tokens or r.max_response_tokens,
-        stop_ids=tuple(dict.fromkeys(stop_ids)),
+        stop_ids=unique,
     )
     return train, evaluation
 
