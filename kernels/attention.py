@@ -46,7 +46,7 @@ class Block:
     num_pieces: int
     num_queries: int  # R
     num_keys: int  # L
-    query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as (N*Hq, D)
+    query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as a table of rows of D
     padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad
     run: int  # positions of one head that are gathered together
     key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as such runs
@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every block of a plan for one (Hkv, G, window)."""
+    """Every block of a plan for one (Hkv, G, window) and one way that q lies in memory."""
 
     blocks: tuple[Block, ...]
     num_rows: int  # of the blocks' outputs, one block after another
@@ -98,7 +98,7 @@ class Plan:
         self.page_tokens, self.num_repeats, self.device = page_tokens, num_repeats, torch.device(device)
         self.starts = np.cumsum(self.query_lens) - self.query_lens
         self.num_tokens = int(self.query_lens.sum())
-        self._layouts: dict[tuple[int, int, int | None], Layout] = {}
+        self._layouts: dict[tuple[int, int, int | None, int], Layout] = {}
         if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
             raise ValueError(
                 "every sequence needs at least one query and a context that ends with its queries"
@@ -109,14 +109,17 @@ class Plan:
         elif page_tokens is None or page_tokens % KEY_STEP:
             raise ValueError(f"page_tokens={page_tokens} must be a multiple of {KEY_STEP}")
 
-    def layout(self, num_kv_heads: int, group: int, window: int | None) -> Layout:
-        """`group` query heads share a key head; a query sees the last `window` positions, itself included."""
-        key = (num_kv_heads, group, window)
+    def layout(
+        self, num_kv_heads: int, group: int, window: int | None, token_rows: int | None = None
+    ) -> Layout:
+        """`group` query heads share a key head; a query sees the last `window` positions, itself included. In the
+        table that q is, a token's rows begin `token_rows` after those of the token before (None: Hq)."""
+        key = (num_kv_heads, group, window, token_rows or num_kv_heads * group)
         if key not in self._layouts:
-            self._layouts[key] = self._make_layout(num_kv_heads, group, window)
+            self._layouts[key] = self._make_layout(*key)
         return self._layouts[key]
 
-    def _make_layout(self, heads: int, group: int, window: int | None) -> Layout:
+    def _make_layout(self, heads: int, group: int, window: int | None, token_rows: int) -> Layout:
         seq, first, count = self._pieces(heads * group)
         start_at = (self.context_lens - self.query_lens)[seq] + first  # position of a piece's first query
         key_from = (
@@ -125,17 +128,18 @@ class Plan:
         padded = _round_up(count, ROW_STEP // np.gcd(ROW_STEP, group))
         keys = _round_up(start_at + count - key_from, KEY_STEP)
         blocks: list[Block] = []
-        output_rows = np.empty(self.num_tokens * heads * group, np.int64)
+        output_rows = np.empty((self.num_tokens + self.num_repeats) * heads * group, np.int64)
         offset = 0
         for members, rows, width in _group(padded, keys, heads, group):
             query = np.minimum(np.arange(rows), count[members, None] - 1)  # (S, R), padding repeats the last
             token = (self.starts[seq] + first)[members, None] + query
             head = np.arange(heads)[:, None, None] * group + np.arange(group)  # (Hkv, 1, G)
-            query_rows = token[:, None, :, None] * (heads * group) + head  # (S, Hkv, R, G)
+            query_rows = token[:, None, :, None] * token_rows + head  # (S, Hkv, R, G)
+            output = token[:, None, :, None] * (heads * group) + head
             real = np.arange(rows) < count[members, None]
             valid = np.broadcast_to(real[:, None, :, None], query_rows.shape)
             place = offset + np.arange(query_rows.size).reshape(query_rows.shape)
-            output_rows[query_rows[valid]] = place[valid]
+            output_rows[output[valid]] = place[valid]
             offset += query_rows.size
             at = (start_at - key_from)[members]
             at = at[:1, None] + np.arange(rows) if (at == at[0]).all() else at[:, None] + query
@@ -159,9 +163,8 @@ class Plan:
                     mask=_mask(query_at, width, window) if query_at.numel() * width <= _MASK_KEPT else None,
                 )
             )
-        if self.num_repeats:
-            last = output_rows[-heads * group :]
-            output_rows = np.concatenate([output_rows, np.tile(last, self.num_repeats)])
+        by_token = output_rows.reshape(-1, heads * group)
+        by_token[self.num_tokens :] = by_token[self.num_tokens - 1]
         return Layout(
             tuple(blocks), offset, self._tensor(output_rows), self._key_order(blocks, heads, len(seq))
         )
@@ -290,10 +293,13 @@ def attend_packed(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`packed_attention` with a plan that other layers share."""
-    layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
+    group = q.shape[1] // k.shape[1]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _PackedAttention.apply(q, k, v, sinks, layout, scale, softcap)
-    return _attend(q, k, v, layout, scale, softcap, sinks)
+        layout = plan.layout(k.shape[1], group, window)
+        return _PackedAttention.apply(q.contiguous(), k, v, sinks, layout, scale, softcap)
+    table, token_rows = _table(q)
+    layout = plan.layout(k.shape[1], group, window, token_rows)
+    return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
 
 
 def write_kv(
@@ -364,14 +370,26 @@ def attend_paged(
 ) -> torch.Tensor:
     """`paged_attention` with a plan that other layers share."""
     heads = k_pages.shape[1]
-    layout = plan.layout(heads, q.shape[1] // heads, window)
     with torch.no_grad():
-        return _attend(q, k_pages, v_pages, layout, scale, softcap, sinks)
+        table, token_rows = _table(q)
+        layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
+        out = _attend(table, k_pages, v_pages, layout, scale, softcap, sinks)
+    return out.view(*q.shape[:2], v_pages.shape[-1])
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(N, H, D) -> (N*H, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _table(q: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """q (N, H, D) as a table of rows of D, and how many rows lie between a token's and the next one's: without a
+    copy where its heads lie beside others in memory."""
+    num_tokens, heads, dim = q.shape
+    token_rows = q.stride(0) // dim
+    if num_tokens and q.stride() == (token_rows * dim, dim, 1):
+        return q.as_strided(((num_tokens - 1) * token_rows + heads, dim), (dim, 1)), token_rows
+    return _rows(q), heads
 
 
 def _runs(x: torch.Tensor, run: int) -> torch.Tensor:
@@ -419,7 +437,7 @@ def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: 
 
 
 def _attend(
-    q: torch.Tensor,
+    q_rows: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     layout: Layout,
@@ -427,22 +445,22 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q (N, Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N, Hq, Dv). No gradient."""
+    """q a table of rows of D; k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N*Hq, Dv). No gradient."""
     heads, v_dim = k.shape[1], v.shape[-1]
-    dtype, q_rows = _compute_dtype(q.dtype), _rows(q)
-    flat = _scratch("out", (layout.num_rows, v_dim), dtype, q.device)
+    dtype, device, dim = _compute_dtype(q_rows.dtype), q_rows.device, q_rows.shape[-1]
+    flat = _scratch("out", (layout.num_rows, v_dim), dtype, device)
     for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
         batch = block.num_pieces * heads
         rows = block.query_rows.shape[0] // batch
         keys = (batch, block.num_keys)
-        qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, q.shape[-1])
-        kb = _gather_scratch("kv", _runs(k, block.run), block.key_rows, *keys, q.shape[-1])
-        scores = _scratch("scores", (batch, rows, block.num_keys), dtype, q.device)
+        qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, dim)
+        kb = _gather_scratch("kv", _runs(k, block.run), block.key_rows, *keys, dim)
+        scores = _scratch("scores", (batch, rows, block.num_keys), dtype, device)
         _scores(qb, kb, block, heads, scale, softcap, scores)
-        probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, q.device))
+        probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, device))
         vb = _gather_scratch("kv", _runs(v, block.run), block.key_rows, *keys, v_dim)
         _weighted_values(probs, vb, out.view(batch, rows, v_dim))
-    return flat.index_select(0, layout.output_rows).view(*q.shape[:2], v_dim).to(q.dtype)
+    return flat.index_select(0, layout.output_rows).to(q_rows.dtype)
 
 
 def _scores(
@@ -504,7 +522,8 @@ class _PackedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
-        return _attend(q, k, v, layout, scale, softcap, sinks)
+        out = _attend(_rows(q), k, v, layout, scale, softcap, sinks)
+        return out.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
-_ROW_STEPS = ((16, 4), (32, 8), (128, 16), (512, 32), (1024, 128))
+_ROW_STEPS = ((16, 4), (32, 8), (512, 16), (1024, 128))
 _has_kernel = torch.backends.mkldnn.is_available()
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _has_kernel else None  # looked up once
 
@@ -94,10 +94,12 @@ def linear(
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _PackedLinear.apply(x, weight, bias, packed)
-    return _forward(x, packed, bias)
+    return packed_linear(x, packed, bias)
 
 
-def _forward(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` with the pack alone, without gradient. A column does not depend on the columns beside it, so a
+    pack of concatenated weights gives each weight's own bits."""
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
     num_rows = rows.shape[0]
@@ -116,7 +118,7 @@ class _PackedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return _forward(x, packed, bias)
+        return packed_linear(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -49,7 +49,8 @@ def token_logprobs(
         raise ValueError(
             f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
         )
-    logprobs, entropies = _TokenLogprobs.apply(logits, targets, temperature, entropy)
+    run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _token_logprobs
+    logprobs, entropies = run(logits, targets, temperature, entropy)
     return logprobs, entropies if entropy else None
 
 
@@ -63,19 +64,27 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def _token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M,) log-probs and (M,) entropies, zeros where these are not asked for."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    entropies = torch.zeros_like(logprobs)
+    for rows in _chunks(logits):
+        chunk = log_softmax(logits[rows], _of_rows(temperature, rows))
+        logprobs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
+        if entropy:
+            entropies[rows] = torch.special.entr(chunk.exp_()).sum(-1)
+    return logprobs, entropies
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-        entropies = torch.zeros_like(logprobs)
-        for rows in _chunks(logits):
-            chunk = log_softmax(logits[rows], _of_rows(temperature, rows))
-            logprobs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
-            if entropy:
-                entropies[rows] = torch.special.entr(chunk.exp_()).sum(-1)
+        logprobs, entropies = _token_logprobs(logits, targets, temperature, entropy)
         ctx.save_for_backward(logits, targets, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing in the backward

@@ -1,6 +1,22 @@
-"""Rewards: functions that judge responses, and the scorer that calls them."""
+"""Rewards: functions that judge responses, and the scorer that calls them.
 
-from rlhf.reward.functions import FUNCTIONS, resolve
-from rlhf.reward.score import RewardError, Scorer
+Loaded on demand: the process of the reward functions needs the functions only, not the scorer and its torch.
+"""
 
-__all__ = ["FUNCTIONS", "RewardError", "Scorer", "resolve"]
+from __future__ import annotations
+
+import importlib
+
+_EXPORTS = {
+    "FUNCTIONS": "rlhf.reward.functions",
+    "RewardError": "rlhf.reward.results",
+    "Scorer": "rlhf.reward.score",
+    "resolve": "rlhf.reward.functions",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'rlhf.reward' has no attribute {name!r}")

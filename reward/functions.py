@@ -19,11 +19,11 @@ import inspect
 import re
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.datasets import did_you_mean
+from rlhf.recipe.suggest import closest
 from rlhf.reward.gsm8k import is_correct
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -88,6 +88,12 @@ def resolve(name: str, extra: Mapping[str, RewardFunction] | None = None) -> Rew
             f"{did_you_mean(attribute, functions)}; it has {', '.join(sorted(functions)) or 'none'}"
         )
     return found
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A hint to append to a message; "" if no choice is near."""
+    near = closest(name, list(choices))
+    return f" (did you mean {near!r}?)" if near is not None else ""
 
 
 def _load_file(path: str) -> Any:

@@ -2,45 +2,44 @@
 `reward_error`.
 
 A reward that failed is missing, never zero: the response is masked and counted, and when more than 5 % of a
-step's rewards are missing the run stops. Not here: the rules themselves (`rlhf.reward.functions`) and
+step's rewards are missing, and more than one, the run stops. Not here: the rules themselves (`rlhf.reward.functions`) and
 anything that is computed from rewards (`rlhf.advantages`).
 """
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import inspect
 import logging
 import math
 import queue
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from rlhf.data.datasets import did_you_mean
 from rlhf.faults import fault_point
 from rlhf.recipe.schema import RewardConfig
 from rlhf.records import Rollout
-from rlhf.reward.functions import FUNCTIONS, RewardFunction, resolve
+from rlhf.reward.child import describe
+from rlhf.reward.functions import FUNCTIONS, RewardFunction, did_you_mean, resolve
+from rlhf.reward.process import FunctionFailed, NotSendable, RewardProcess, RewardTimeout
+from rlhf.reward.results import Judgement, RewardError, read_result
 
-MAX_MISSING_FRAC = 0.05  # above this share of missing rewards the run stops
-MAX_MAGNITUDE = 1e6  # a larger reward is a bug of the function, and would drown a float32 sum
+MAX_MISSING_FRAC = 0.05  # above this share of missing rewards, and more than one, the run stops
+_UNBOUNDED = frozenset({"format"})  # rules whose time has no bound: their pattern is the recipe's
+_GRACE_S = 15.0  # after the deadline, for this process to notice it before it is ended from outside Python
+_MAX_DEATHS = 3  # of the functions' process while the responses to blame are looked for
+
+_FAILED = "failed; the response is masked\n"
 
 _log = logging.getLogger("rlhf.reward")
-
-
-class RewardError(RuntimeError):
-    """Scoring cannot go on: a reward function breaks its contract, or too many rewards are missing."""
-
-
-class RewardTimeout(Exception):
-    """A reward function did not return before its deadline."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,10 @@ class _Part:
     function: RewardFunction
     config: RewardConfig
     builtin: bool
+    runs: str  # "here": in this thread; "thread": in this process, under a deadline; "process": see RewardProcess
     takes: frozenset[str] | None  # columns it names; None = every column
     needs: frozenset[str]  # those without a default
     refuses: frozenset[str]  # names that are the rule's options, never columns
-
-
-@dataclass(frozen=True)
-class _Judgement:
-    """What one part says of one response: a value, or why there is none."""
-
-    value: float | None = None
-    error: str | None = None
-    timeout: bool = False
 
 
 class Scorer:
@@ -71,10 +62,11 @@ class Scorer:
     `functions` are further functions by name (the Python API's callables). Raises ValueError for a function
     that does not exist, a wrong file, or arguments that the function does not take.
 
-    The built-in rules run in this thread: their time is bounded. Any other function runs in a daemon thread
-    with `timeout_s` as its deadline; after it the run goes on without the thread, which Python cannot kill. A
-    loop inside C code that keeps the interpreter's lock (`9**9**9`) also keeps the deadline from being
-    noticed.
+    A function that the recipe names runs in a process of its own, which is killed at its deadline, `timeout_s`
+    after the call. Built-in rules whose time is bounded run in this thread. Functions that were handed over as
+    objects keep their state, closures and notebooks included: they run in a thread of this process, which Python
+    cannot kill. At the deadline its stack is logged, the call counts as failed and the thread is left alone; if
+    it does not let go of the interpreter's lock either (`9**9**9`), all stacks are printed and the process ends.
     """
 
     def __init__(
@@ -83,7 +75,9 @@ class Scorer:
         if not configs:
             raise ValueError("no reward function is configured; name at least one under reward:")
         self._parts = _build_parts(configs, functions or {})
-        self._reported: set[tuple[str, ...]] = set()
+        apart = {p.name: p.config.function for p in self._parts if p.runs == "process"}
+        self._process = RewardProcess(apart) if apart else None
+        self._said: set[tuple[str, str]] = set()
         self.stats: dict[str, float] = {}
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -92,13 +86,13 @@ class Scorer:
         metrics.
 
         A call that raises is repeated one response at a time, to find the responses to blame. Raises
-        RewardError for a result of the wrong length or type, and when more than 5 % of the rewards (and more
-        than one) are missing.
+        RewardError for a result of the wrong length or type, and when more than 5 % of the rewards, and more
+        than one, are missing.
         """
         if not rollouts:
             self.stats = {}
             return []
-        judgements: dict[str, list[_Judgement]] = {}
+        judgements: dict[str, list[Judgement]] = {}
         for part in self._parts:
             judgements[part.name] = self._judge(part, rollouts)
             fault_point("reward.mid")
@@ -110,7 +104,7 @@ class Scorer:
         _stop_if_too_many_missing(scored)
         return scored
 
-    def _merge(self, rollout: Rollout, row: Sequence[_Judgement]) -> Rollout:
+    def _merge(self, rollout: Rollout, row: Sequence[Judgement]) -> Rollout:
         parts = {p.name: j.value for p, j in zip(self._parts, row, strict=True) if j.value is not None}
         errors = [
             f"{p.name}: {j.error}" for p, j in zip(self._parts, row, strict=True) if j.error is not None
@@ -118,57 +112,85 @@ class Scorer:
         total = None if errors else sum(p.config.weight * parts[p.name] for p in self._parts)
         return rollout.replace(reward=total, reward_parts=parts, reward_error="; ".join(errors) or None)
 
-    def _judge(self, part: _Part, rollouts: Sequence[Rollout]) -> list[_Judgement]:
+    def _judge(self, part: _Part, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        if part.runs == "process" and part.name in (failures := self._process.failures()):
+            self._say_once(
+                part,
+                "import",
+                f"runs in this process, it could not be imported in another: {failures[part.name]}",
+            )
+            part = replace(part, runs="thread")
         deadline = time.monotonic() + part.config.timeout_s
-        arguments = _arguments(part, rollouts)
         try:
-            return _read_result(part, self._call(part, arguments, deadline), len(rollouts))
-        except RewardTimeout as error:
-            _log.error("reward function %s: %s", part.name, error)
-            return [_Judgement(error=str(error), timeout=True)] * len(rollouts)
-        except RewardError:
-            raise
-        except Exception as error:
-            self._report(part, error)
+            return self._call(part, rollouts, deadline)
+        except RewardTimeout:
+            late = _late(part)
+            _log.error("reward function %s: %s", part.name, late.error)
+            return [late] * len(rollouts)
+        except FunctionFailed as error:
+            self._say_once(part, error.where, _FAILED + error.text)
             if len(rollouts) == 1:
-                return [_Judgement(error=_one_line(error))]
-        return [self._judge_alone(part, rollout, deadline) for rollout in rollouts]
+                return [Judgement(error=error.line)]
+        return self._judge_one_by_one(part, rollouts, deadline)
 
-    def _judge_alone(self, part: _Part, rollout: Rollout, deadline: float) -> _Judgement:
-        """One response by itself, after the call for all of them has raised."""
-        try:
-            return _read_result(part, self._call(part, _arguments(part, [rollout]), deadline), 1)[0]
-        except RewardTimeout as error:
-            return _Judgement(error=str(error), timeout=True)
-        except RewardError:
-            raise
-        except Exception as error:
-            self._report(part, error)
-            return _Judgement(error=_one_line(error))
+    def _judge_one_by_one(self, part: _Part, rollouts: Sequence[Rollout], deadline: float) -> list[Judgement]:
+        """Each response by itself, after the call for all of them has failed."""
+        judgements: list[Judgement] = []
+        deaths = 0
+        for rollout in rollouts:
+            if deaths == _MAX_DEATHS:
+                judgements.append(
+                    Judgement(error=f"not tried: its process has died {deaths} times in this step")
+                )
+                continue
+            try:
+                judgements += self._call(part, [rollout], deadline)
+            except RewardTimeout:
+                judgements.append(_late(part))
+            except FunctionFailed as error:
+                deaths += not error.raised
+                self._say_once(part, error.where, _FAILED + error.text)
+                judgements.append(Judgement(error=error.line))
+        return judgements
 
-    def _call(
-        self, part: _Part, arguments: tuple[list[str], list[str], dict[str, Any]], deadline: float
-    ) -> Any:
-        prompts, responses, keywords = arguments
-        if part.builtin:
-            return part.function(prompts, responses, **keywords)
-        return _call_with_deadline(part, lambda: part.function(prompts, responses, **keywords), deadline)
+    def _call(self, part: _Part, rollouts: Sequence[Rollout], deadline: float) -> list[Judgement]:
+        """Raises RewardTimeout, FunctionFailed, and RewardError for a broken contract."""
+        prompts, responses, keywords = _arguments(part, rollouts)
+        if part.runs == "process":
+            try:
+                return self._process.call(part.name, prompts, responses, keywords, deadline)
+            except NotSendable as error:
+                self._say_once(
+                    part, "arguments", f"runs in this process, its arguments cannot be sent: {error}"
+                )
+        call = functools.partial(part.function, prompts, responses, **keywords)
+        if part.runs == "here":
+            try:
+                result = call()
+            except Exception as error:
+                raise FunctionFailed(**describe(error)) from error
+        else:
+            result = _call_with_deadline(part, call, deadline)
+        return read_result(part.name, result, len(rollouts))
 
-    def _report(self, part: _Part, error: Exception) -> None:
-        """Log one traceback for each distinct error: same function, same type, same line."""
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        identity = (part.name, type(error).__name__, where)
-        if identity not in self._reported:
-            self._reported.add(identity)
-            _log.error("reward function %s failed; the response is masked", part.name, exc_info=error)
+    def _say_once(self, part: _Part, where: str, text: str) -> None:
+        """One message for each part and place: a traceback for each distinct error."""
+        if (part.name, where) not in self._said:
+            self._said.add((part.name, where))
+            _log.error("reward function %s %s", part.name, text)
 
 
 def _build_parts(configs: Sequence[RewardConfig], extra: Mapping[str, RewardFunction]) -> list[_Part]:
     parts: list[_Part] = []
     for config in configs:
         name = _part_name(config.function, [p.name for p in parts])
-        parts.append(_build_part(name, resolve(config.function, extra), config))
+        if config.function in extra:
+            runs = "thread"
+        elif config.function in FUNCTIONS and config.function not in _UNBOUNDED:
+            runs = "here"
+        else:
+            runs = "process"
+        parts.append(_build_part(name, resolve(config.function, extra), config, runs))
     return parts
 
 
@@ -181,7 +203,7 @@ def _part_name(function: str, taken: Sequence[str]) -> str:
     return name
 
 
-def _build_part(name: str, function: RewardFunction, config: RewardConfig) -> _Part:
+def _build_part(name: str, function: RewardFunction, config: RewardConfig, runs: str) -> _Part:
     """Read the function's signature.
 
     Raises ValueError for args that it would not take, or that a built-in rule's **columns would swallow.
@@ -190,7 +212,7 @@ def _build_part(name: str, function: RewardFunction, config: RewardConfig) -> _P
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # written in C without a signature: it gets every column, and its own error will tell
-        return _Part(name, function, config, builtin, None, frozenset(), frozenset())
+        return _Part(name, function, config, builtin, runs, None, frozenset(), frozenset())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise ValueError(f"reward function {config.function!r} must take (prompts, responses, **columns)")
@@ -211,6 +233,7 @@ def _build_part(name: str, function: RewardFunction, config: RewardConfig) -> _P
         function=function,
         config=config,
         builtin=builtin,
+        runs=runs,
         takes=None if open_ended else frozenset(named),
         needs=frozenset(n for n, p in named.items() if p.default is p.empty) - config.args.keys(),
         refuses=frozenset(p.name for p in positional[:2]) | (frozenset(named) if builtin else frozenset()),
@@ -234,17 +257,20 @@ def _arguments(part: _Part, rollouts: Sequence[Rollout]) -> tuple[list[str], lis
     return prompts, [r.response_text for r in rollouts], {**columns, **part.config.args}
 
 
+def _late(part: _Part) -> Judgement:
+    limit = f"timeout_s={part.config.timeout_s:g}"
+    text = f"no result after {limit}; make the function faster or raise reward.timeout_s"
+    return Judgement(error=text, timeout=True)
+
+
 def _call_with_deadline(part: _Part, call: Callable[[], Any], deadline: float) -> Any:
     """Run `call` in a thread that does not keep the process from ending, and wait until the deadline.
 
-    Raises what the call raised, or RewardTimeout; after the deadline the call is not even started.
+    Raises FunctionFailed or RewardTimeout; after the deadline the call is not even started.
     """
-    late = RewardTimeout(
-        f"no result after timeout_s={part.config.timeout_s:g}; "
-        "make the function faster or raise reward.timeout_s"
-    )
-    if time.monotonic() >= deadline:
-        raise late
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise RewardTimeout
     outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -253,53 +279,24 @@ def _call_with_deadline(part: _Part, call: Callable[[], Any], deadline: float) -
         except BaseException as error:  # handed to the caller's thread, SystemExit included
             outcome.put((False, error))
 
-    threading.Thread(target=run, name=f"reward-{part.name}", daemon=True).start()
+    thread = threading.Thread(target=run, name=f"reward-{part.name}", daemon=True)
+    # It needs no interpreter's lock, which the function may never give back.
+    faulthandler.dump_traceback_later(left_s + _GRACE_S, exit=True)
     try:
-        returned, value = outcome.get(timeout=max(0.0, deadline - time.monotonic()))
+        thread.start()
+        returned, value = outcome.get(timeout=left_s)
     except queue.Empty:
-        raise late from None
+        frame = sys._current_frames().get(thread.ident)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        _log.error("reward function %s is still running, and is left running, in\n%s", part.name, stack)
+        raise RewardTimeout from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if returned:
         return value
     if isinstance(value, Exception):
-        raise value
+        raise FunctionFailed(**describe(value)) from value
     raise RewardError(f"reward function {part.name}: raised {type(value).__name__}: {value}") from value
-
-
-def _read_result(part: _Part, result: Any, n: int) -> list[_Judgement]:
-    """The returned list as judgements. Raises RewardError where the function breaks its contract."""
-    if isinstance(result, (np.ndarray, torch.Tensor)):
-        result = result.tolist()
-    if not isinstance(result, (list, tuple)):
-        raise RewardError(
-            f"reward function {part.name}: returned {type(result).__name__}, "
-            f"must return a list of {n} numbers"
-        )
-    if len(result) != n:
-        raise RewardError(f"reward function {part.name}: returned {len(result)} rewards for {n} responses")
-    return [_read_value(part, i, value) for i, value in enumerate(result)]
-
-
-def _read_value(part: _Part, index: int, value: Any) -> _Judgement:
-    if value is None:
-        return _Judgement(error=f"returned None at index {index}")
-    if isinstance(value, np.bool_) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        value = value.item()
-    if not isinstance(value, Real):
-        raise RewardError(
-            f"reward function {part.name}: index {index} is {value!r} ({type(value).__name__}), "
-            "must be a number or None (= could not judge)"
-        )
-    number = float(value)
-    if not math.isfinite(number):
-        return _Judgement(error=f"returned {number} at index {index}")
-    if abs(number) > MAX_MAGNITUDE:
-        return _Judgement(error=f"returned {number:g} at index {index}, beyond {MAX_MAGNITUDE:g}")
-    return _Judgement(value=number)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _stats(rollouts: Sequence[Rollout], timeouts: Sequence[bool], parts: Sequence[str]) -> dict[str, float]:
@@ -323,14 +320,13 @@ def _stats(rollouts: Sequence[Rollout], timeouts: Sequence[bool], parts: Sequenc
 
 
 def _stop_if_too_many_missing(rollouts: Sequence[Rollout]) -> None:
-    """One missing reward alone never stops a run, unless it is the only one."""
+    """Above 5 % the run stops. One missing reward alone never stops it, unless it is the only one of the step."""
     errors = [(r.sample_id, r.reward_error) for r in rollouts if r.reward is None]
     share = len(errors) / len(rollouts)
     if share > MAX_MISSING_FRAC and (len(errors) > 1 or len(errors) == len(rollouts)):
         distinct = list(dict.fromkeys(error for _, error in errors))
         shown = "; ".join(distinct[:3])
         raise RewardError(
-            f"{len(errors)} of {len(rollouts)} rewards are missing "
-            f"({share:.0%}, the limit is {MAX_MISSING_FRAC:.0%}), "
-            f"the first for sample {errors[0][0]}: {shown}"
+            f"{len(errors)} of {len(rollouts)} rewards are missing ({share:.1%}); a run stops if more than one and more than "
+            f"{MAX_MISSING_FRAC:.0%} of a step are, or all; the first for sample {errors[0][0]}: {shown}"
         )

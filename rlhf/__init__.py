@@ -1,4 +1,4 @@
-"""rlhf: train language models with feedback. `rlhf.cli` is the command line; `GRPOTrainer` the Python API."""
+"""rlhf: train language models with feedback. `rlhf.cli` is the command line, the trainers the Python API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))
 
-_EXPORTS = {"GRPOTrainer": "rlhf.api", "SFTTrainer": "rlhf.api"}
+_EXPORTS = {
+    f"{method}Trainer": "rlhf.api"
+    for method in ("SFT", "Reward", "PRM", "PPO", "GRPO", "DPO", "OnlineDPO", "KTO", "Rejection", "Distill")
+}
 __all__ = sorted(_EXPORTS)
 
 

@@ -1,23 +1,32 @@
-"""Advantages from rewards.
+"""Advantages from rewards: what each token is worth, compared with what was to be expected.
 
-Here: group baselines, for which the G responses to one prompt are each other's critic. Not here: rewards and
-their statistics (`rlhf.reward`), nor generalised advantage estimation, which comes with the critic.
+Here: rewards with the KL in them, group baselines (the G responses to one prompt are each other's critic), the
+estimators of the REINFORCE family, generalised advantage estimation, whitening, and the two entry points
+`with_advantages` and `with_gae`. Not here: rewards and their statistics (`rlhf.reward`), nor the critic
+(`rlhf.value`).
 
 A group function takes `rewards` (B,) with NaN = missing, and `group_ids` (B,) int, equal for responses to one
 prompt and in any order. It returns (B,) in the rewards' dtype. A missing reward gets 0 and is left out of its
 group's statistics. A group whose rewards are all equal, or that has fewer than two, gives exactly 0:
 `zero_std_groups` counts those. Within a group the advantages add up to 0. Statistics are taken in float64.
+
+The settings of the entry points are a recipe's algorithm section, with `kl_in_reward` and `whiten_advantages`
+decided (True or False). Call them on a whole step's batch, before it is cut: groups and whitening couple its rows.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
+from rlhf.kl import KL_ESTIMATORS
 from rlhf.records import Batch
+from rlhf.settings import bind
 
 STD_EPS = 1e-6  # added to the standard deviation
+WHITEN_EPS = 1e-8  # added to the variance
 
 
 class _Groups(NamedTuple):
@@ -47,19 +56,224 @@ def leave_one_out(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tenso
     return (groups.centered * groups.count / (groups.count - 1).clamp(min=1)).to(rewards.dtype)
 
 
-ADVANTAGES = {"grpo": group_normalized, "dr_grpo": group_centered, "rloo": leave_one_out}
-
-
-def with_advantages(batch: Batch, name: str) -> Batch:
-    """The batch with `advantages` (B, T) fp32: each response's on all of its `response_mask`, 0 elsewhere.
-
-    Call it on whole groups, before the batch is cut. Raises ValueError for an unknown name.
+def remax(rewards: torch.Tensor, baselines: torch.Tensor) -> torch.Tensor:
+    """A = R(y) - R(greedy y), `baselines` (B,) the rewards of the greedy responses to the same prompts (ReMax, arXiv
+    2310.10505). (B,), 0 where either reward is missing (NaN).
     """
-    if name not in ADVANTAGES:
-        raise ValueError(f"advantage {name!r} is unknown; choose one of {', '.join(ADVANTAGES)}")
-    assert batch.rewards is not None and batch.group_ids is not None, "advantages need rewards and group_ids"
-    per_response = ADVANTAGES[name](batch.rewards, batch.group_ids).float()
-    return batch.replace(advantages=torch.where(batch.response_mask, per_response[:, None], 0.0))
+    return (rewards - baselines).nan_to_num(nan=0.0)
+
+
+def return_to_go(token_rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """G_t = u_t + gamma G_t', t' the next token in `mask` (B, T); 0 outside the mask. (B, T), the rewards' dtype."""
+    nothing = torch.zeros_like(token_rewards)
+    return gae(token_rewards, nothing, mask, gamma=gamma, lam=1.0)[0]
+
+
+# -- rewards with the KL in them ---------------------------------------------------------------------------------------
+
+
+def sequence_rewards(
+    batch: Batch, *, kl_coef: float, kl_estimator: str, reward_clip: float | None
+) -> torch.Tensor:
+    """clip(R, +-reward_clip) - kl_coef sum_t KL_t of each response: (B,) in the rewards' dtype, NaN = missing.
+
+    KL_t is the estimate of KL(policy || reference) on each token of `response_mask`; the policy's log-probs are
+    `old_logprobs`, or the sampler's where the batch was not scored. None for reward_clip = no clip. Raises ValueError
+    if a KL is asked for and log-probs are missing.
+    """
+    rewards = _clipped_rewards(batch, reward_clip)
+    if not kl_coef:
+        return rewards
+    return rewards - kl_coef * _token_kl(batch, kl_estimator).sum(-1).to(rewards.dtype)
+
+
+def token_rewards(
+    batch: Batch, *, kl_coef: float, kl_estimator: str, reward_clip: float | None
+) -> torch.Tensor:
+    """u_t = -kl_coef KL_t on every token of `response_mask`, plus clip(R, +-reward_clip) on the last: (B, T), 0
+    elsewhere (InstructGPT, arXiv 2203.02155 section 3.5).
+
+    The last token of a response without a reward is NaN. For the rest see `sequence_rewards`, whose sum over tokens
+    this is wherever the policy wrote any.
+    """
+    rewards, mask = _clipped_rewards(batch, reward_clip), batch.response_mask
+    spread = torch.where(_last_token(mask), rewards[:, None], 0.0)
+    if not kl_coef:
+        return spread
+    return spread - kl_coef * _token_kl(batch, kl_estimator).to(rewards.dtype)
+
+
+def _clipped_rewards(batch: Batch, reward_clip: float | None) -> torch.Tensor:
+    assert batch.rewards is not None, "advantages need rewards"
+    return batch.rewards if reward_clip is None else batch.rewards.clamp(-reward_clip, reward_clip)
+
+
+def _token_kl(batch: Batch, kl_estimator: str) -> torch.Tensor:
+    policy = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    if policy is None or batch.ref_logprobs is None:
+        missing = "ref_logprobs" if policy is not None else "old_logprobs"
+        raise ValueError(
+            f"a KL in the reward needs {missing}: score the batch with the reference and the policy first, or set "
+            "algorithm.kl_coef: 0"
+        )
+    mask = batch.response_mask
+    policy, reference = (torch.where(mask, x, 0.0) for x in (policy, batch.ref_logprobs))
+    return KL_ESTIMATORS[kl_estimator](policy, reference)
+
+
+def _last_token(mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool, True on the last True of each row."""
+    return mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+
+
+# -- estimators by name ------------------------------------------------------------------------------------------------
+
+
+def _of_group(estimator: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def advantages(batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+        assert batch.group_ids is not None, "group advantages need group_ids"
+        return estimator(rewards, batch.group_ids)[:, None]
+
+    return advantages
+
+
+def _remax(batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+    if batch.baselines is None:
+        raise ValueError("remax needs baselines: the rewards of the greedy responses to the same prompts")
+    return remax(rewards, batch.baselines)[:, None]
+
+
+def _reinforce_pp(batch: Batch, rewards: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    assert batch.token_rewards is not None
+    return return_to_go(batch.token_rewards, _judged(batch), gamma=gamma)
+
+
+# Each takes the batch, with its token_rewards, and the rewards of whole sequences (B,), both with the KL in them if it
+# belongs there; and gives (B, 1) or (B, T). reinforce_pp: return-to-go of each token, whitened over the batch's tokens
+# (arXiv 2501.03262); its -baseline: less the group's mean, then whitened. Whitening is `whiten_advantages`.
+ADVANTAGES = {
+    "grpo": _of_group(group_normalized),
+    "dr_grpo": _of_group(group_centered),
+    "rloo": _of_group(leave_one_out),
+    "reinforce_pp": _reinforce_pp,
+    "reinforce_pp_baseline": _of_group(group_centered),
+    "remax": _remax,
+}
+
+
+def with_advantages(batch: Batch, settings: Any) -> Batch:
+    """The batch with `advantages` (B, T) fp32 by the estimator `settings.advantage`, 0 outside `response_mask`.
+
+    A response without a reward gets 0 and is left out of every statistic. Whitening is over the loss tokens. Raises
+    ValueError for an unknown name or for something missing.
+    """
+    if settings.advantage not in ADVANTAGES:
+        raise ValueError(
+            f"advantage {settings.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"
+        )
+    shaping = _shaping(settings)
+    shaped = batch.replace(token_rewards=token_rewards(batch, **shaping))
+    per_token = bind(ADVANTAGES[settings.advantage], settings)(shaped, sequence_rewards(batch, **shaping))
+    advantages = torch.where(_judged(batch), per_token.float(), 0.0)
+    return batch.replace(advantages=_whitened(batch, advantages, settings))
+
+
+def with_gae(batch: Batch, settings: Any) -> Batch:
+    """The batch with `token_rewards`, `advantages` and `returns` (B, T) fp32 from the critic's `values`, for PPO; all
+    0 outside `response_mask`.
+
+    lambda is `settings.lam`; `critic_lam` is another for the returns (VAPO, arXiv 2504.05118: 1), and
+    `length_adaptive_lam` = alpha gives the advantages 1 - 1 / (alpha * response length), not below 0 (VAPO: .05).
+    A response without a reward gets 0 everywhere and is left out of every statistic; its token_rewards have NaN on
+    the last token. Whitening is over the loss tokens, of the advantages alone.
+    """
+    assert batch.values is not None, "gae needs the critic's values"
+    batch = batch.replace(token_rewards=token_rewards(batch, **_shaping(settings)).float())
+    mask = _judged(batch)
+    rewards = torch.where(mask, batch.token_rewards, 0.0)
+    critic_lam = settings.lam if settings.critic_lam is None else settings.critic_lam
+    lam = _policy_lam(batch, settings)
+    advantages, returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=lam)
+    if lam is not critic_lam:
+        returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=critic_lam)[1]
+    return batch.replace(advantages=_whitened(batch, advantages.float(), settings), returns=returns.float())
+
+
+def _policy_lam(batch: Batch, settings: Any) -> float | torch.Tensor:
+    """One number, or (B,) where it adapts to the responses' lengths (the policy's tokens)."""
+    alpha = settings.length_adaptive_lam
+    if alpha is None:
+        return settings.lam
+    lengths = batch.response_mask.sum(-1).clamp(min=1).double()
+    return (1.0 - 1.0 / (alpha * lengths)).clamp(min=0.0)
+
+
+def gae(
+    token_rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, returns): delta_t = u_t + gamma V_t' - V_t, A_t = delta_t + gamma lam A_t', return_t = A_t + V_t
+    (GAE, arXiv 1506.02438 eq. 16), with t' the next token in `mask`, and V = A = 0 after the last.
+
+    Tokens outside the mask (a tool's, padding) are no steps: they are skipped, not discounted, and get 0 whatever
+    stands there. lam is one number or (B,). Results have the rewards' dtype; sums are in float64.
+    """
+    dtype = token_rewards.dtype
+    u, v = (torch.where(mask, x, 0.0).double() for x in (token_rewards, values))
+    decay = gamma * torch.as_tensor(lam, dtype=torch.float64, device=u.device)
+    advantages = torch.zeros_like(u)
+    next_value, next_advantage = u.new_zeros(len(u)), u.new_zeros(len(u))
+    for t in reversed(range(u.shape[1])):
+        here = u[:, t] + gamma * next_value - v[:, t] + decay * next_advantage
+        next_advantage = torch.where(mask[:, t], here, next_advantage)
+        next_value = torch.where(mask[:, t], v[:, t], next_value)
+        advantages[:, t] = here
+    advantages = torch.where(mask, advantages, 0.0)
+    return advantages.to(dtype), (advantages + v).to(dtype)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(x - mean) / sqrt(var + eps) over the entries in `mask`, var with n - 1; 0 outside the mask. (B, T).
+
+    Equal entries, and a single one, give 0. Statistics in float64; result in the dtype of `values`.
+    """
+    inside = values[mask].double()
+    if not inside.numel():
+        return torch.zeros_like(values)
+    centered = inside - inside.mean()
+    variance = centered.square().sum() / max(inside.numel() - 1, 1)
+    whitened = torch.zeros_like(values)
+    whitened[mask] = (centered / (variance + WHITEN_EPS).sqrt()).to(values.dtype)
+    return whitened
+
+
+def _judged(batch: Batch) -> torch.Tensor:
+    """(B, T) bool: the policy's tokens in responses that have a reward."""
+    assert batch.rewards is not None
+    return batch.response_mask & ~batch.rewards.isnan()[:, None]
+
+
+def _shaping(settings: Any) -> dict[str, Any]:
+    assert settings.kl_in_reward is not None, "kl_in_reward is undecided; resolve the method's default first"
+    return {
+        "kl_coef": settings.kl_coef if settings.kl_in_reward else 0.0,
+        "kl_estimator": settings.kl_estimator,
+        "reward_clip": settings.reward_clip,
+    }
+
+
+def _whitened(batch: Batch, advantages: torch.Tensor, settings: Any) -> torch.Tensor:
+    assert settings.whiten_advantages is not None, (
+        "whiten_advantages is undecided; resolve the method's default first"
+    )
+    return whiten(advantages, batch.loss_mask & _judged(batch)) if settings.whiten_advantages else advantages
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 def zero_std_groups(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[int, int]:
@@ -71,16 +285,22 @@ def zero_std_groups(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[int
 
 
 def advantage_metrics(batch: Batch) -> dict[str, float]:
-    """`advantage/{mean,std,min,max}` and `reward/groups_zero_std_frac` of a whole step's batch.
+    """`advantage/{mean,std,min,max}`, and where the batch has groups `reward/groups_zero_std_frac`, where it has
+    returns `return/mean`; of a whole step's batch.
 
     The former are over the responses with a token in `loss_mask`, each the mean of its tokens, and left out if there is
     none; the std is with n. Over tokens the mean would drift from 0 as soon as right answers are longer than wrong ones.
+    `return/mean` is over the loss tokens.
     """
-    assert batch.advantages is not None and batch.rewards is not None and batch.group_ids is not None
-    flat, total = zero_std_groups(batch.rewards, batch.group_ids)
-    metrics = {"reward/groups_zero_std_frac": flat / total} if total else {}
+    assert batch.advantages is not None and batch.rewards is not None
+    metrics: dict[str, float] = {}
+    if batch.group_ids is not None and len(batch):
+        flat, total = zero_std_groups(batch.rewards, batch.group_ids)
+        metrics["reward/groups_zero_std_frac"] = flat / total
     counts = batch.loss_mask.sum(-1)
-    values = torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)[counts > 0] / counts[counts > 0]
+    values = (
+        torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)[counts > 0] / counts[counts > 0]
+    )
     if values.numel():
         metrics |= {
             "advantage/mean": values.mean().item(),
@@ -88,6 +308,8 @@ def advantage_metrics(batch: Batch) -> dict[str, float]:
             "advantage/min": values.min().item(),
             "advantage/max": values.max().item(),
         }
+        if batch.returns is not None:
+            metrics["return/mean"] = batch.returns[batch.loss_mask].double().mean().item()
     return metrics
 
 

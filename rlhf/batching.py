@@ -23,11 +23,48 @@ class SftExample:
     id: str
     prompt_ids: tuple[int, ...]  # read, not learned; at least one token (a text alone starts after <bos>)
     response_ids: tuple[int, ...]  # learned, stop token included
+    response_mask: tuple[bool, ...] | None = (
+        None  # False = read only (other turns of a chat); None = all is learned
+    )
 
 
-def why_masked(rollout: Rollout, *, mask_truncated: bool) -> str | None:
+@dataclass(frozen=True)
+class PreferenceExample:
+    """Two responses to one prompt, of which one is better. Written by `rlhf.data`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]  # the better one, stop token included
+    rejected_ids: tuple[int, ...]
+    margin: float | None  # by how much it is better, in units of the reward; None = not known
+
+
+@dataclass(frozen=True)
+class LabelExample:
+    """A response that is wanted or not. Written by `rlhf.data`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # stop token included
+    desirable: bool
+
+
+@dataclass(frozen=True)
+class StepExample:
+    """A response in steps, each of which was judged. Written by `rlhf.data`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # no stop token: the last step ends like the others
+    step_ends: tuple[int, ...]  # place in response_ids of each step's last token, ascending
+    step_labels: tuple[float, ...]  # 0 (wrong) to 1 (right), one for each step
+
+
+def why_masked(rollout: Rollout, *, mask_truncated: bool, needs_reward: bool = True) -> str | None:
     """Why no token of this response counts in the loss; None if they count."""
-    if not _is_reward(rollout.reward):
+    if not any(rollout.response_mask):
+        return "the policy wrote none of it"
+    if needs_reward and not _is_reward(rollout.reward):
         return f"no reward: {rollout.reward_error or rollout.reward}"
     written = zip(rollout.rollout_logprobs, rollout.response_mask, strict=True)
     if not all(math.isfinite(logprob) for logprob, by_policy in written if by_policy):
@@ -38,19 +75,24 @@ def why_masked(rollout: Rollout, *, mask_truncated: bool) -> str | None:
 
 
 def make_batch(
-    rollouts: Sequence[Rollout], *, group_ids: Sequence[int], mask_truncated: bool = False
+    rollouts: Sequence[Rollout],
+    *,
+    group_ids: Sequence[int],
+    mask_truncated: bool = False,
+    needs_reward: bool = True,
 ) -> Batch:
     """One step's responses as tensors on the CPU, in the order given.
 
     `loss_mask` is `response_mask` without the rows that `why_masked` names; such a row stays (its reward
-    still counts in its group's baseline, if there is one) but not in `num_loss_sequences`. A missing reward
-    is NaN, a log-prob that is not finite becomes 0. Raises ValueError for no rollouts, an empty prompt, or
+    still counts in its group's baseline, if there is one) but not in `num_loss_sequences`; without `needs_reward`
+    a missing reward is no reason to mask. A missing reward is NaN, a log-prob that is not finite becomes 0. Raises ValueError for no rollouts, an empty prompt, or
     another number of group ids.
     """
     if len(group_ids) != len(rollouts):
         raise ValueError(f"{len(group_ids)} group_ids for {len(rollouts)} rollouts; give one number for each")
     rows = [_Row(r.sample_id, r.prompt.token_ids, r.response_ids, r.response_mask) for r in rollouts]
-    batch = _from_rows(rows, learn=[why_masked(r, mask_truncated=mask_truncated) is None for r in rollouts])
+    masked = [why_masked(r, mask_truncated=mask_truncated, needs_reward=needs_reward) for r in rollouts]
+    batch = _from_rows(rows, learn=[reason is None for reason in masked])
     logprobs = torch.zeros(batch.token_ids.shape)
     for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
         logprobs[i, len(row.prompt_ids) : row.length] = torch.tensor(rollout.rollout_logprobs)
@@ -65,16 +107,66 @@ def make_batch(
 def make_sft_batch(examples: Sequence[SftExample]) -> Batch:
     """Texts to imitate as tensors on the CPU, with the loss on the responses.
 
-    Raises ValueError for no examples or an empty prompt.
+    Raises ValueError for no examples, an empty prompt or an example with nothing to learn.
     """
-    rows = [_Row(e.id, e.prompt_ids, e.response_ids, (True,) * len(e.response_ids)) for e in examples]
-    return _from_rows(rows, learn=[True] * len(rows))
+    rows = [
+        _Row(e.id, e.prompt_ids, e.response_ids, e.response_mask or _all(e.response_ids)) for e in examples
+    ]
+    return _learned(rows)
+
+
+def make_preference_batch(examples: Sequence[PreferenceExample]) -> Batch:
+    """Pairs as tensors on the CPU: the rows are chosen_0, rejected_0, chosen_1, ..., with the loss on the responses.
+
+    The rows of a pair share their number in `group_ids` and their margin (0 where it is not known); `labels` is 1
+    for the chosen and -1 for the rejected one, so `num_loss_sequences` is twice the pairs. Raises ValueError as
+    `make_sft_batch` does.
+    """
+    rows = []
+    for e in examples:
+        rows.append(_Row(f"{e.id}/chosen", e.prompt_ids, e.chosen_ids, _all(e.chosen_ids)))
+        rows.append(_Row(f"{e.id}/rejected", e.prompt_ids, e.rejected_ids, _all(e.rejected_ids)))
+    margins = torch.tensor([0.0 if e.margin is None else e.margin for e in examples], dtype=torch.float32)
+    return _learned(rows).replace(
+        group_ids=torch.arange(len(examples)).repeat_interleave(2),
+        labels=torch.tensor([1.0, -1.0]).repeat(len(examples)),
+        margins=margins.repeat_interleave(2),
+    )
+
+
+def make_label_batch(examples: Sequence[LabelExample]) -> Batch:
+    """Judged responses as tensors on the CPU, `labels` 1 where desirable and -1 where not; the loss on the responses.
+
+    Raises ValueError as `make_sft_batch` does.
+    """
+    rows = [_Row(e.id, e.prompt_ids, e.response_ids, _all(e.response_ids)) for e in examples]
+    labels = torch.tensor([1.0 if e.desirable else -1.0 for e in examples], dtype=torch.float32)
+    return _learned(rows).replace(labels=labels)
+
+
+def make_step_batch(examples: Sequence[StepExample]) -> Batch:
+    """Judged steps as tensors on the CPU: `loss_mask` is True and `token_labels` not NaN at the last token of each step.
+
+    `num_loss_tokens` is therefore the number of steps. Raises ValueError as `make_sft_batch` does.
+    """
+    batch = _learned([_Row(e.id, e.prompt_ids, e.response_ids, _all(e.response_ids)) for e in examples])
+    token_labels = torch.full(batch.token_ids.shape, math.nan)
+    for i, e in enumerate(examples):
+        ends = torch.tensor(e.step_ends, dtype=torch.long)
+        assert len(ends) and 0 <= ends.min() and ends.max() < len(e.response_ids), (
+            f"{e.id}: step_ends {e.step_ends}"
+        )
+        token_labels[i, len(e.prompt_ids) + ends] = torch.tensor(e.step_labels, dtype=torch.float32)
+    return recount(batch.replace(loss_mask=~token_labels.isnan(), token_labels=token_labels))
 
 
 def recount(batch: Batch) -> Batch:
     """The batch as a whole optimiser step of its own: the global counts are those of its loss mask."""
+    tokens = batch.loss_mask.sum(-1)
     return batch.replace(
-        num_loss_tokens=int(batch.loss_mask.sum()), num_loss_sequences=int(batch.loss_mask.any(-1).sum())
+        num_loss_tokens=int(tokens.sum()),
+        num_loss_sequences=int((tokens > 0).sum()),
+        num_positive_tokens=0 if batch.rewards is None else int(tokens[batch.rewards > 0].sum()),
     )
 
 
@@ -98,38 +190,52 @@ def split_minibatches(batch: Batch, n: int, *, by_groups: bool) -> list[Batch]:
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, num_processes: int, max_tokens: int
+    lengths: Sequence[int], *, num_processes: int, max_tokens: int, units: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
     """Which rows each process takes in each of its micro-batches: [process][micro-batch] -> rows, ascending.
 
-    lengths (B,) in tokens. Every row is in exactly one place, and every process has the same number of
+    lengths (B,) in tokens; units (B,) numbers the unit of each row: rows of one unit (the two of a pair) are never
+    parted; without it each row is one. Every row is in exactly one place, and every process has the same number of
     micro-batches, at least one (an empty list where nothing is left). None holds more than `max_tokens`
-    tokens, except a longer row, which is alone. As few micro-batches as longest-first packing into the least
+    tokens, except a longer unit, which is alone. As few micro-batches as longest-first packing into the least
     full one finds; those of one position are about equally full on all processes, which wait for each other.
-    A function of the arguments alone.
+    A function of the arguments alone. Raises ValueError for less than one process or token, and for another number of
+    units than of lengths.
     """
     if num_processes < 1 or max_tokens < 1:
         raise ValueError(f"num_processes={num_processes}, max_tokens={max_tokens}: both must be at least 1")
+    if units is not None and len(units) != len(lengths):
+        raise ValueError(f"{len(units)} units for {len(lengths)} lengths; give one number for each row")
+    rows_of: dict[int, list[int]] = {}
+    for row, unit in enumerate(range(len(lengths)) if units is None else units):
+        rows_of.setdefault(unit, []).append(row)
+    groups = list(rows_of.values())
+    plan = _plan([sum(lengths[r] for r in rows) for rows in groups], num_processes, max_tokens)
+    return [[sorted(r for unit in micro for r in groups[unit]) for micro in process] for process in plan]
+
+
+def _plan(lengths: Sequence[int], num_processes: int, max_tokens: int) -> list[list[list[int]]]:
+    """[process][micro-batch] -> units, ascending."""
     needed = max(sum(lengths) / max_tokens, sum(2 * length > max_tokens for length in lengths))
     per_process = max(1, math.ceil(needed / num_processes))
     while (bins := _fill(lengths, per_process * num_processes, max_tokens)) is None:
         per_process += 1
-    bins.sort(key=lambda rows: (-sum(lengths[r] for r in rows), rows))
+    bins.sort(key=lambda units: (-sum(lengths[u] for u in units), units))
     # Fullest first and dealt in turn: neighbours are alike, and no process ends up ahead by more than one's spread.
     return [bins[process::num_processes] for process in range(num_processes)]
 
 
 def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int) -> list[list[int]] | None:
-    """Longest row first, each into the least full bin; None if that overfills one. A bin per row fits."""
+    """Longest unit first, each into the least full bin; None if that overfills one. A bin per unit fits."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     least_full = [(0, i) for i in range(num_bins)]
-    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+    for unit in sorted(range(len(lengths)), key=lambda u: (-lengths[u], u)):
         tokens, i = heapq.heappop(least_full)
-        if bins[i] and tokens + lengths[row] > max_tokens:
+        if bins[i] and tokens + lengths[unit] > max_tokens:
             return None
-        bins[i].append(row)
-        heapq.heappush(least_full, (tokens + lengths[row], i))
-    return [sorted(rows) for rows in bins]
+        bins[i].append(unit)
+        heapq.heappush(least_full, (tokens + lengths[unit], i))
+    return [sorted(units) for units in bins]
 
 
 @dataclass(frozen=True)
@@ -196,6 +302,18 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def _all(response_ids: Sequence[int]) -> tuple[bool, ...]:
+    return (True,) * len(response_ids)
+
+
+def _learned(rows: Sequence[_Row]) -> Batch:
+    """Every row counts in the loss, so every row must have something to learn."""
+    for row in rows:
+        if not any(row.response_mask):
+            raise ValueError(f"sample {row.id!r} has no token to learn; leave it out or give it a response")
+    return _from_rows(rows, learn=[True] * len(rows))
 
 
 def _from_rows(rows: Sequence[_Row], *, learn: Sequence[bool]) -> Batch:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.faults import fault_point
+from rlhf.runlog import flush_to_disk
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -108,14 +109,39 @@ def save_checkpoint(
     except BaseException as error:
         written = _folder_size(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(_no_space(root, max(needed, written))) from error
+        if is_disk_full(error):
+            # What it was given was not enough, however little of it is still there: safetensors cleans up by itself.
+            at_least = max(needed, written, shutil.disk_usage(root).free)
+            raise CheckpointError(_no_space(root, at_least, "at least ")) from error
         raise
     final = root / f"step-{step:08d}"
     _replace(temporary, final)
     fault_point("checkpoint.after_rename")
     _delete_old(root, step, keep_last)
     return final
+
+
+def check_space(root: Path, *, checkpoint_bytes: int, keep_last: int, model_bytes: int) -> None:
+    """Raise CheckpointError if the disk of `root` cannot hold what a stage writes: `keep_last` checkpoints and the one
+    that is being written, less those that are there, and its model at the end."""
+    there = sum(_folder_size(path) for path, _, _ in _candidates(root))
+    needed = max(0, (keep_last + 1) * checkpoint_bytes - there) + model_bytes
+    place = next(p for p in (root, *root.parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {place} has {free / 1e9:.3f} GB free; this stage needs {needed / 1e9:.3f} GB: run.keep_last + 1 = "
+            f"{keep_last + 1} checkpoints of {checkpoint_bytes / 1e9:.3f} GB (12 bytes a trained weight), of which "
+            f"{there / 1e9:.3f} GB are there, and a model of {model_bytes / 1e9:.3f} GB. Free some space, lower "
+            "run.keep_last, set run.output_dir to another disk, or train fewer weights (model.lora)"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed because there is no space left; safetensors says it in words only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOSPC
+    return f"os error {errno.ENOSPC}" in str(error)
 
 
 def remove_temporaries(root: Path | str) -> None:
@@ -172,10 +198,10 @@ def _check_space(root: Path, needed: int) -> None:
         raise CheckpointError(_no_space(root, needed))
 
 
-def _no_space(root: Path, needed: int) -> str:
+def _no_space(root: Path, needed: int, bound: str = "") -> str:
     free = shutil.disk_usage(root).free
     return (
-        f"no space for a checkpoint in {root}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are "
+        f"no space for a checkpoint in {root}: it needs {bound}{needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are "
         "free. Free some space, lower run.keep_last, or set run.output_dir to another disk; the older "
         "checkpoints are untouched"
     )
@@ -336,15 +362,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory's entries, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

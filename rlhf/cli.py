@@ -43,6 +43,8 @@ def train(
 ) -> None:
     """Run a recipe. The same command again continues a run that was interrupted."""
     plan = _load(recipe, overrides)
+    if not fresh:
+        _exit_if_finished(plan)
     from rlhf.runtime.run import run_plan
 
     sys.exit(run_plan(plan, fresh=fresh))
@@ -56,7 +58,7 @@ def validate(
         bool, typer.Option("--show", help="Print the recipe with every default filled in.")
     ] = False,
 ) -> None:
-    """Check a recipe and print what it would run. Loads no model and no data."""
+    """Check a recipe and what it names, and print what it would run. Loads no model, runs no code of yours."""
     plan = _load(recipe, overrides)
     if show:
         from rlhf.recipe.load import dump_plan
@@ -79,11 +81,26 @@ def main() -> None:
     app(prog_name="rlhf")
 
 
-def _load(recipe: str, overrides: list[str] | None) -> Plan:
-    from rlhf.recipe.load import RecipeError, load_plan
+def _exit_if_finished(plan: Plan) -> None:
+    """Answer from the run directory's files, where they tell that there is nothing to run."""
+    from rlhf.console import Console
+    from rlhf.runtime.earlier import finished_message, is_finished, run_directory
 
     try:
-        return load_plan(recipe, overrides or ())
+        if is_finished(plan):
+            Console().say(finished_message(run_directory(plan)))
+            raise typer.Exit()
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Plan:
+    from rlhf.recipe.load import RecipeError, load_plan
+    from rlhf.recipe.preflight import look_up
+
+    try:
+        return load_plan(recipe, overrides or (), look_up=look_up)
     except RecipeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(INVALID_RECIPE) from None

@@ -36,8 +36,14 @@ class InjectedFault(RuntimeError):
     """Raised by a fault of kind `raise`."""
 
 
+_VARIABLE = "RLHF_FAULTS"
 _current_step: int | None = None
 _armed: list[tuple[str, str, str]] | None = None
+
+
+def faults_are_set() -> bool:
+    """Whether this run was asked to fail anywhere, in whichever of its processes."""
+    return bool(os.environ.get(_VARIABLE))
 
 
 def at_step(step: int) -> None:
@@ -50,7 +56,7 @@ def fault_point(name: str) -> None:
     """Fail here if RLHF_FAULTS asks for it; otherwise cost nothing."""
     global _armed
     if _armed is None:
-        _armed = _parse(os.environ.get("RLHF_FAULTS", ""))
+        _armed = _parse(os.environ.get(_VARIABLE, ""))
     for entry in list(_armed):
         point, step, kind = entry
         if point == name and step in ("*", str(_current_step)):

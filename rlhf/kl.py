@@ -1,7 +1,8 @@
 """Estimators of KL(policy || reference) per token, from the log-probs of tokens that the policy sampled.
 
-Here: k1, k2, k3 of Schulman, "Approximating KL divergence" (2020), with d = log policy - log reference. Not
-here: where they enter a loss (`rlhf.losses`) or a reward.
+Here: k1, k2, k3 of Schulman, "Approximating KL divergence" (2020), with d = log policy - log reference, and the
+rule that adapts a KL's weight. Not here: where they enter a loss (`rlhf.losses`) or a reward
+(`rlhf.advantages`).
 
 All take token-aligned (B, T) log-probs in nats and return the same shape. Larger always means further away.
 Entries outside the caller's mask are computed like any other: mask afterwards, and feed no NaN or infinity in
@@ -9,6 +10,8 @@ there.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -51,4 +54,29 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return (torch.expm1(-d) + d).clamp(max=KL_LIMIT)
 
 
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+def kl_k3_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """The value of k3 with the gradient of k2: unbiased in both, for the reverse KL. (B, T), nats, at most 10.
+
+    In a reward, which has no gradient, it is k3.
+    """
+    k2 = kl_k2(logprobs, ref_logprobs)
+    return kl_k3(logprobs, ref_logprobs).detach() + (k2 - k2.detach())
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3_k2": kl_k3_k2}
+LOSS_KL_ESTIMATORS = ("k2", "k3", "k3_k2")  # those whose gradient pulls towards the reference
+
+
+def adaptive_kl_coef(
+    coef: float, kl: float, *, kl_target: float, kl_horizon: float, num_samples: int
+) -> float:
+    """coef (1 + clip(kl / kl_target - 1, +-0.2) num_samples / kl_horizon): the weight that keeps the KL near its
+    target (Ziegler et al., arXiv 1909.08593 section 2.2).
+
+    kl and kl_target in the same unit, nats per response by custom; num_samples responses were seen since the last
+    call. Raises ValueError for a KL that is not finite: the weight could not recover from it.
+    """
+    if not math.isfinite(kl):
+        raise ValueError(f"kl={kl}: kl_coef={coef} cannot follow a KL that is not finite; skip the update")
+    error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * num_samples / kl_horizon)

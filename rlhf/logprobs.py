@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from rlhf.batching import PackedSequences, pack, unpack
+from rlhf.divergence import teacher_top_k
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.models.attention import packed_attention
 from rlhf.records import Batch
@@ -28,6 +29,17 @@ def packed_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: log-probs need one above 0; for greedy samples use 1")
+    logits = packed_logits(model, packed)
+    return token_logprobs(logits, target_ids(packed), temperature, entropy=entropy)
+
+
+def target_ids(packed: PackedSequences) -> torch.Tensor:
+    """(M,) int64: the tokens whose log-probs are wanted."""
+    return packed.token_ids[packed.target_index]
+
+
+def packed_logits(model: torch.nn.Module, packed: PackedSequences) -> torch.Tensor:
+    """(M, V) logits of the distributions that the M target tokens were drawn from."""
     sources = packed.target_index - 1
     with packed_attention(packed):
         logits = model(
@@ -39,8 +51,7 @@ def packed_logprobs(
     assert logits.shape[0] == sources.shape[0], (
         f"{logits.shape[0]} rows of logits for {sources.shape[0]} targets"
     )
-    targets = packed.token_ids[packed.target_index]
-    return token_logprobs(logits, targets, temperature, entropy=entropy)
+    return logits
 
 
 def batch_logprobs(
@@ -65,3 +76,24 @@ def batch_logprobs(
     packed = pack(batch, targets)
     values, entropies = packed_logprobs(model, packed, temperature=temperature, entropy=entropy)
     return unpack(packed, values, targets), unpack(packed, entropies, targets) if entropy else None
+
+
+def batch_logits(
+    model: torch.nn.Module, batch: Batch, *, targets: torch.Tensor
+) -> tuple[PackedSequences, torch.Tensor]:
+    """The pack of a batch and (M, V) logits for its targets, for what needs whole distributions."""
+    packed = pack(batch, targets)
+    return packed, packed_logits(model, packed)
+
+
+@torch.no_grad()
+def batch_top_logprobs(
+    model: torch.nn.Module, batch: Batch, *, targets: torch.Tensor, temperature: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens in place of each target, likeliest first: (B, T, K) int64, and their log-probs (B, T, K)
+    fp32; 0 where `targets` is False. K is `top_k`, or the vocabulary where that is less."""
+    packed, logits = batch_logits(model, batch, targets=targets)
+    ids, logprobs = teacher_top_k(logits, top_k=top_k, temperature=temperature)
+    shape = (*targets.shape, ids.shape[1])
+    at = (packed.rows, packed.cols)
+    return ids.new_zeros(shape).index_put(at, ids), logprobs.new_zeros(shape).index_put(at, logprobs)

@@ -62,7 +62,8 @@ RULES: dict[str, Rule] = {
         above(0.1), "trainer and sampler disagree about the same tokens; were the weights published?"
     ),
     "robust/skipped_steps": Rule(
-        above(0), "an update was skipped because its loss or gradient was not finite"
+        above(0),
+        "an update was skipped: its loss or gradient was not finite, or no token counted in its loss",
     ),
     "robust/bad_rows": Rule(above(0), "rows of the dataset were dropped"),
     "robust/rollout_retries": Rule(above(0), "responses had to be generated again"),

@@ -82,6 +82,14 @@ _ROW_TENSORS = (
     "values",
     "advantages",
     "returns",
+    "labels",
+    "margins",
+    "baselines",
+    "token_labels",
+    "token_rewards",
+    "cov_tokens",
+    "teacher_ids",
+    "teacher_logprobs",
 )
 
 
@@ -90,8 +98,9 @@ class Batch:
     """What a trainer consumes: B sequences, right-padded to T tokens. All per-token arrays are token-aligned
     (entry t belongs to token t) and 0 / False at padding.
 
-    `num_loss_tokens` and `num_loss_sequences` are counts over the whole optimiser step, all micro-batches and all
-    processes; a micro-batch cut from a batch keeps them, so that cutting differently does not change the gradient.
+    `num_loss_tokens`, `num_loss_sequences` and `num_positive_tokens` are counts over the whole optimiser step, all
+    micro-batches and all processes; a micro-batch cut from a batch keeps them, so that cutting differently does not
+    change the gradient.
     """
 
     sample_ids: tuple[str, ...]  # (B,)
@@ -101,6 +110,7 @@ class Batch:
     loss_mask: torch.Tensor  # (B, T) bool, True = counts in the loss, a subset of response_mask
     num_loss_tokens: int
     num_loss_sequences: int  # sequences with at least one loss token
+    num_positive_tokens: int = 0  # loss tokens in rows with a reward above 0
     group_ids: torch.Tensor | None = None  # (B,) int64, rows of one prompt share a number
     rewards: torch.Tensor | None = None  # (B,) fp32, NaN = missing
     rollout_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, from the sampler
@@ -109,6 +119,14 @@ class Batch:
     values: torch.Tensor | None = None  # (B, T) fp32, critic
     advantages: torch.Tensor | None = None  # (B, T) fp32, 0 outside response_mask
     returns: torch.Tensor | None = None  # (B, T) fp32
+    labels: torch.Tensor | None = None  # (B,) fp32, 1 = chosen or desirable, -1 = rejected or undesirable
+    margins: torch.Tensor | None = None  # (B,) fp32, by how much chosen is better; the same on both rows of a pair
+    baselines: torch.Tensor | None = None  # (B,) fp32, what a loss that couples rows compares this one with
+    token_labels: torch.Tensor | None = None  # (B, T) fp32, 0 or 1 at a step's last token, NaN elsewhere
+    token_rewards: torch.Tensor | None = None  # (B, T) fp32, reward of each token, KL included
+    cov_tokens: torch.Tensor | None = None  # (B, T) bool, held back for their covariance
+    teacher_ids: torch.Tensor | None = None  # (B, T, K) int64, the teacher's likeliest tokens at t
+    teacher_logprobs: torch.Tensor | None = None  # (B, T, K) fp32, nats, their log-probs
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -116,8 +134,8 @@ class Batch:
         for name in _ROW_TENSORS:
             value = getattr(self, name)
             if value is not None:
-                want = shape if value.dim() == 2 else shape[:1]
-                assert value.shape == want, f"{name} is {tuple(value.shape)}, expected {tuple(want)}"
+                want = shape[: value.dim()]
+                assert value.shape[:2] == want, f"{name} is {tuple(value.shape)}, expected {tuple(want)}"
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -138,8 +156,25 @@ class Batch:
         for name in _ROW_TENSORS:
             value = getattr(self, name)
             if value is not None:
-                cut[name] = value[index][:, :width] if value.dim() == 2 else value[index]
+                cut[name] = value[index][:, :width] if value.dim() > 1 else value[index]
         return self.replace(sample_ids=tuple(self.sample_ids[i] for i in rows), **cut)
+
+    def zeros(self, *, rows: int, width: int) -> Batch:
+        """Rows of real tokens, numbered 0, in which nothing counts, with the fields that this batch has; labels
+        alternate and neighbours share a group, as in preference pairs."""
+        filled: dict[str, Any] = {}
+        for name in _ROW_TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                shape = (rows, width, *value.shape[2:])[: max(value.dim(), 1)]
+                filled[name] = value.new_zeros(shape)
+        filled["attention_mask"] |= True
+        filled["response_mask"][:, 1:] = True
+        if self.labels is not None:
+            filled["labels"] = 1.0 - 2.0 * (torch.arange(rows, device=self.labels.device) % 2)
+        if self.group_ids is not None:
+            filled["group_ids"] = torch.arange(rows, device=self.group_ids.device) // 2
+        return self.replace(sample_ids=("",) * rows, **filled)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {n: getattr(self, n).to(device) for n in _ROW_TENSORS if getattr(self, n) is not None}

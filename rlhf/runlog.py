@@ -1,7 +1,8 @@
 """The record files of a run directory: JSON lines in order of step, appended, flushed, and cut back on
 resume.
 
-Here: how a record becomes a line and back, `RecordFile`, and the atomic write of a whole file. Not here: what
+Here: how a record becomes a line and back, `RecordFile`, the atomic write of a whole file, and forcing one onto the
+disk. Not here: what
 is recorded (`rlhf.tracking`) and how it is shown (`rlhf.report`, `rlhf.console`).
 
 A run directory holds metrics.jsonl (values that are a function of the recipe), timings.jsonl (values that are
@@ -47,15 +48,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return [record for record, _ in _whole_lines(file)]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by `text`: readers see the old or the new content, never a part."""
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file by `text`: readers see the old or the new content, never a part. With `durable` the new one is on
+    the disk, and survives a power cut, when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(text.encode("utf-8", "replace"))
+        if durable:
+            flush_to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a directory's entries, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RecordFile:

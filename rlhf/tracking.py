@@ -14,9 +14,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,12 +51,21 @@ MEASURED_AREAS = ("time", "perf", "cache")
 MEASURED = ("rollout/preempted", "robust/rollout_retries", "robust/restarts", "robust/checkpoint_s")
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets")
+_REASONS_SHOWN = 5  # distinct reasons of masked responses named for one step
 _REPORT_SHARE = 0.02  # of the run's time may go into rewriting the report
 
 
 def is_measured(name: str) -> bool:
     """Whether a metric depends on the clock, the machine or a restart, and so has no place in metrics.jsonl."""
     return name.split("/", 1)[0] in MEASURED_AREAS or name in MEASURED
+
+
+@dataclass
+class _Recurring:
+    """Something that may be said at every step."""
+
+    last_said: int  # step
+    since: int = 0  # times that it came since then
 
 
 class Tracker:
@@ -99,6 +110,7 @@ class Tracker:
             self._watch.update(_numbers(decode_metrics(record)))
         self._headlines = [_headline_values(decode_metrics(r)) for r in self._metrics.kept]
         self._shown_stages: set[str] = set()  # stages of which a table of samples was shown
+        self._recurring: dict[str, _Recurring] = {}
         self._report_cost_s, self._report_done = 0.0, time.monotonic()
         recipe = without_secrets(resolved_recipe, os.environ)
         self._run = self._open_run(run_name, recipe, recipe_source)
@@ -149,13 +161,17 @@ class Tracker:
         if step % self._config.report_every == 0 or any(k.startswith("eval/") for k in exact):
             self._write_report(at_once=step == 0)
 
-    def samples(self, step: int, stage: str, rollouts: Sequence[Rollout]) -> None:
+    def samples(
+        self, step: int, stage: str, rollouts: Sequence[Rollout], *, masked: Sequence[str | None]
+    ) -> None:
         """Record some of one step's responses, picked evenly from the given order; show a few every
-        report_every steps."""
-        chosen = _spread(rollouts, self._config.samples_per_step)
+        report_every steps. `masked` says of each response why it is left out of the loss, None if it is not;
+        each distinct reason is said, with its count (`recurring`)."""
+        chosen = _spread(list(zip(rollouts, masked, strict=True)), self._config.samples_per_step)
         if (step, stage) not in self._kept_samples:
-            self._samples.append([_sample_record(step, stage, r) for r in chosen])
+            self._samples.append([_sample_record(step, stage, r, why) for r, why in chosen])
             self._samples.flush()
+        self._say_masked(step, rollouts, masked)
         shown = _spread(rollouts, self._config.console_samples)
         is_due = stage not in self._shown_stages or step % self._config.report_every == 0
         if shown and is_due:
@@ -173,6 +189,22 @@ class Tracker:
         self._run["warnings"].append(text)
         self._guard("terminal", lambda: self._console.warn(text))
         self._save_run()
+
+    def recurring(self, step: int, text: str, *, kind: str | None = None) -> None:
+        """Say something that may come at every step: a warning the first time, from then on a line in the
+        terminal at most every report_every steps. `kind` tells two things apart where the text is not the same.
+        """
+        kind = text if kind is None else kind
+        known = self._recurring.get(kind)
+        if known is None:
+            self._recurring[kind] = _Recurring(step)
+            self.warn(f"step {step}: {text}")
+            return
+        known.since += 1
+        if step - known.last_said >= self._config.report_every:
+            line = f"step {step}: {text} ({known.since} times since step {known.last_said})"
+            self._guard("terminal", lambda: self._console.warn(line))
+            self._recurring[kind] = _Recurring(step)
 
     def phase(self, text: str) -> None:
         """What the run is doing now, for the terminal only."""
@@ -199,6 +231,25 @@ class Tracker:
                 self._guard(file.path.name, file.close)
         self._guard("terminal", lambda: self._console.end_run(status, facts=self._summary()))
         self._save_run()
+
+    def _say_masked(self, step: int, rollouts: Sequence[Rollout], masked: Sequence[str | None]) -> None:
+        """One line for each distinct reason; numbers in it (a place, a value) do not make another reason."""
+        found: dict[str, list[int]] = {}
+        for i, reason in enumerate(masked):
+            if reason is not None:
+                found.setdefault(re.sub(r"\d+", "#", reason), []).append(i)
+        commonest = sorted(found.items(), key=lambda item: (-len(item[1]), item[1][0]))
+        for kind, places in commonest[:_REASONS_SHOWN]:
+            text = (
+                f"{len(places)} of {len(rollouts)} responses left out of the loss, "
+                f"{rollouts[places[0]].sample_id} first: {masked[places[0]]}"
+            )
+            self.recurring(step, text, kind=f"masked: {kind}")
+        rest = commonest[_REASONS_SHOWN:]
+        if rest:
+            number = sum(len(places) for _, places in rest)
+            text = f"{number} more responses left out of the loss for {len(rest)} other reasons"
+            self.recurring(step, text, kind="masked: others")
 
     # --- run.json, the report, the sinks
 
@@ -399,13 +450,13 @@ def _headline_values(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k in ("step", "reward/mean") or k.startswith("eval/")}
 
 
-def _spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count`, evenly spaced in the given order: different prompts rather than one group."""
-    count = min(count, len(rollouts))
-    return [rollouts[i * len(rollouts) // count] for i in range(count)]
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
-def _sample_record(step: int, stage: str, rollout: Rollout) -> dict[str, Any]:
+def _sample_record(step: int, stage: str, rollout: Rollout, masked: str | None) -> dict[str, Any]:
     return {
         "step": step,
         "stage": stage,
@@ -416,6 +467,7 @@ def _sample_record(step: int, stage: str, rollout: Rollout) -> dict[str, Any]:
         "reward": rollout.reward,
         "reward_parts": dict(rollout.reward_parts),
         "reward_error": rollout.reward_error,
+        "masked": masked,
         "finish_reason": rollout.finish_reason,
         "response_tokens": len(rollout.response_ids),
     }

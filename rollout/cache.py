@@ -9,6 +9,7 @@ first). Not here: which sequence gets a page (`rlhf.rollout.scheduler`).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -166,13 +167,20 @@ class KVPages:
 
     def _zeros(self, num_pages: int, shape: tuple[int, int]) -> torch.Tensor:
         heads, size = shape
-        return torch.zeros((num_pages, heads, self.page_tokens, size), dtype=self.dtype, device=self.device)
+        full = (num_pages, heads, self.page_tokens, size)
+        if self.device.type != "cpu" or num_pages == 0:
+            return torch.zeros(full, dtype=self.dtype, device=self.device)
+        # numpy asks the system for huge pages of memory: every step touches all sequences' keys, far apart
+        memory = np.zeros(math.prod(full) * self.dtype.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(self.dtype).view(full)
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that could be taken on the device now."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be reused
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # torch's own, to be reused
         return torch.cuda.mem_get_info(device)[0] + unused
     with open("/proc/meminfo") as lines:
         for line in lines:

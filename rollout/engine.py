@@ -67,6 +67,7 @@ class Engine:
         scheduler = Scheduler(samples, self._pool, self.config, version=self.version)
         self._generating, was_training = True, self.model.training
         self.model.eval()
+        self._runner.forward.refresh()
         try:
             num_steps = self._loop(scheduler, samples, on_progress)
         except BaseException:
@@ -92,10 +93,12 @@ class Engine:
         self.version = version
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
         weights_changed(self.model)
+        self._runner.forward.forget()
 
     def sleep(self) -> None:
-        """Give the cache's memory back while the trainer works."""
+        """Give the memory of the cache and of the joined weights back while the trainer works."""
         self._drop_cache()
+        self._runner.forward.forget()
 
     def wake(self) -> None:
         """Take the cache's memory again where its size is fixed; else the next call takes what it needs."""

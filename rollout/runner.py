@@ -1,7 +1,7 @@
 """One forward pass of the live model over the tokens of a step, with keys and values in pages.
 
-Here: turning a `Step` into packed tensors and calling the model. Not here: attention itself
-(`rlhf.models.attention`) and the choice of tokens (`rlhf.kernels.sampling`).
+Here: turning a `Step` into packed tensors. Not here: how the model is run on them (`rlhf.models.fused`), attention
+itself (`rlhf.models.attention`) and the choice of tokens (`rlhf.kernels.sampling`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.kernels.linear import row_bucket
-from rlhf.models.attention import PagedContext, paged_attention
+from rlhf.models.attention import PagedContext
+from rlhf.models.fused import StepForward
 from rlhf.rollout.cache import KVPages
 from rlhf.rollout.samples import Samples
 from rlhf.rollout.scheduler import Chunk, Step
@@ -24,6 +25,7 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, pages: KVPages):
         self.model, self.pages = model, pages
+        self.forward = StepForward(model)
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
@@ -35,8 +37,6 @@ class Runner:
             torch.from_numpy(np.concatenate([x, np.repeat(x[-1:], repeats)])).to(device)
             for x in (packed.token_ids, packed.positions, packed.slots)
         )
-        only_decoding = not step.chunks
-        keep = 0 if only_decoding else torch.from_numpy(packed.keep).to(device)  # 0: all
         context = PagedContext(
             k_pages=self.pages.k,
             v_pages=self.pages.v,
@@ -45,14 +45,9 @@ class Runner:
             context_lens=packed.context_lens,
             query_starts=packed.query_starts,
         )
-        with paged_attention(context):
-            output = self.model(
-                input_ids=token_ids[None],
-                position_ids=positions[None],
-                logits_to_keep=keep,
-                use_cache=False,
-            )
-        return output.logits[0, :num_tokens] if only_decoding else output.logits[0]
+        keep = torch.from_numpy(packed.keep).to(device) if step.chunks else None
+        logits = self.forward(token_ids, positions, context, keep)
+        return logits if step.chunks else logits[:num_tokens]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf.checkpoint import (
     MANIFEST,
     CheckpointError,
+    check_space,
     find_checkpoint,
     load_tensors,
     remove_temporaries,
@@ -194,7 +196,12 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("worker died")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("worker died"),
+    ],
 )
 def test_a_failing_save_leaves_everything_as_it_was(tmp_path: Path, error: Exception) -> None:
     save(tmp_path, 1)
@@ -203,10 +210,11 @@ def test_a_failing_save_leaves_everything_as_it_was(tmp_path: Path, error: Excep
         (folder / "half").write_bytes(b"0" * 1000)
         raise error
 
-    with pytest.raises(CheckpointError if isinstance(error, OSError) else RuntimeError) as raised:
+    is_full = "No space" in str(error)
+    with pytest.raises(CheckpointError if is_full else RuntimeError) as raised:
         save_checkpoint(tmp_path, step=2, write=fail, meta={}, keep_last=1)
     assert names(tmp_path) == ["step-00000001"] and find_checkpoint(tmp_path).step == 1
-    if isinstance(error, OSError):
+    if is_full:
         assert "GB" in str(raised.value) and "are free" in str(raised.value)
 
 
@@ -223,6 +231,29 @@ def test_a_full_disk_is_found_before_anything_is_written(
     with pytest.raises(CheckpointError, match=r"0\.000 GB are free"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: hours of training that end at the first save; a resumed run that counts its own checkpoints twice."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**10, 0, 4 * 10**9))
+    root = tmp_path / "stages" / "grpo" / "checkpoints"  # nothing of it exists yet
+    size = dict(checkpoint_bytes=10**9, keep_last=2)
+    check_space(root, **size, model_bytes=10**9)
+    with pytest.raises(CheckpointError) as raised:
+        check_space(root, **size, model_bytes=10**9 + 1)
+    for part in (
+        "4.000 GB free",
+        "needs 4.000 GB",
+        "3 checkpoints of 1.000 GB",
+        "lower run.keep_last",
+        "run.output_dir",
+    ):
+        assert part in str(raised.value)
+    save(root, 1)
+    check_space(root, **size, model_bytes=10**9 + 1)
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """A model under DeepSpeed: one optimiser step at a time, the full weights, and the whole state as plain
 tensors.
 
-Here: the process group, DeepSpeed's configuration, the step, the learning rate, and reading and writing the
-state. Not here: losses (a function that is passed in), batches, checkpoints' files (`rlhf.checkpoint`), and
-who calls.
+Here: the process group, DeepSpeed's configuration, the step, the moving average of the weights, and reading and
+writing the state. Not here: optimisers and the learning rate (`rlhf.trainers.optimizers`), losses (a function that is
+passed in), batches, checkpoints' files (`rlhf.checkpoint`), and who calls.
 
 What DeepSpeed is not given to decide: the learning rate is a function of the update's number, losses arrive
 already divided by the step's global count, and the state leaves as full fp32 tensors by parameter name,
 whatever the ZeRO stage and the number of processes. A step whose loss or gradient is not finite on any
-process moves nothing on any of them.
+process moves nothing on any of them; nor does one in which no token counts, whose zero gradient would still
+let Adam's momentum and weight decay move the weights.
 """
 
 from __future__ import annotations
@@ -34,11 +35,20 @@ from rlhf.models.linear import weights_changed
 from rlhf.process import ProcessInfo
 from rlhf.recipe.schema import TrainerConfig
 from rlhf.records import Batch
+from rlhf.trainers.neftune import EmbeddingNoise
+from rlhf.trainers.optimizers import (
+    WHOLE_MATRICES,
+    freeze,
+    initial_state,
+    lr_at,
+    make_optimizer,
+    state_shapes,
+)
 
 Sums = dict[str, torch.Tensor]
 LossFn = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, Sums]]
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AVERAGE = "ema"  # kept beside the optimiser's own state, split and saved like it
 _GATHER_ELEMENTS = 1 << 27  # parameters gathered at once under ZeRO-3
 _CPU_BUCKET_ELEMENTS = 1 << 24
 _GPU_BUCKET_ELEMENTS = 1 << 28
@@ -51,8 +61,12 @@ class UpdateStats:
     loss: float  # the step's loss over all micro-batches and processes
     grad_norm: float  # global 2-norm before clipping; not finite where the step was skipped
     lr: float  # learning rate of this step
-    skipped: bool  # a loss or gradient was not finite: nothing has moved
-    sums: Sums  # 0-dim float64 on the CPU: the loss function's numbers over the whole step
+    skipped: bool  # nothing has moved: a loss or gradient was not finite, or the step was empty
+    sums: Sums  # 0-dim float64 on the CPU: the loss function's numbers over the whole step; {} if empty
+    empty: bool = False  # no token counts in the step's loss, on any process: nothing was computed
+    unchanged: tuple[
+        str, ...
+    ] = ()  # trained parameters that the first steps of a run did not move; said once
 
 
 # -- processes -----------------------------------------------------------------------------------------------
@@ -89,7 +103,9 @@ def init_process(info: ProcessInfo, *, threads: int, timeout_s: float) -> None:
     backend = "nccl" if info.device == "cuda" else "gloo"
     place = dict(rank=info.rank, world_size=info.world_size, timeout=timeout)
     if info.world_size == 1:
+        hook = sys.excepthook
         dist.init_process_group(backend, store=dist.HashStore(), **place)
+        sys.excepthook = hook  # torch's own puts "[rank0]:" before every line of a traceback
     else:
         dist.init_process_group(backend, init_method=f"tcp://{info.master_addr}:{info.master_port}", **place)
     _start_deepspeed(backend)
@@ -115,25 +131,6 @@ def _start_deepspeed(backend: str) -> None:
 def _debugging() -> bool:
     """RLHF_DEBUG=1 lets DeepSpeed talk."""
     return bool(os.environ.get("RLHF_DEBUG"))
-
-
-# -- learning rate -------------------------------------------------------------------------------------------
-
-
-def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
-    """Learning rate of update number `update` = 0 .. total_updates - 1.
-
-    Rises linearly over `warmup_steps` updates and reaches the peak with the last of them (with none: at
-    update 0); from there linear and cosine reach min_lr_ratio times the peak with the last update.
-    """
-    if update < config.warmup_steps:
-        return config.lr * (update + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    peak_at = max(config.warmup_steps - 1, 0)
-    done = min((update - peak_at) / max(total_updates - 1 - peak_at, 1), 1.0)
-    share = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
 # -- configuration -------------------------------------------------------------------------------------------
@@ -183,20 +180,6 @@ def deepspeed_config(
     }
 
 
-def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW over the given parameters. Weight decay leaves out vectors: biases and norms."""
-    groups = [{"params": list(parameters.values()), "weight_decay": 0.0}]
-    if config.weight_decay > 0:
-        matrices = [p for p in parameters.values() if p.dim() >= 2]
-        vectors = [p for p in parameters.values() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
 # -- the engine ----------------------------------------------------------------------------------------------
 
 
@@ -205,8 +188,8 @@ class TrainingEngine:
 
     `model` is an ordinary Hugging Face model (peft's wrapper included) whose weights are all here and the
     same on every process; it is changed in place and belongs to the engine until `destroy`. Parameters that
-    need no gradient stay out of the optimiser and its state. `dtype` is that of forward and backward; masters
-    and moments are fp32.
+    need no gradient, or that `config.freeze` names, stay out of the optimiser and its state. `dtype` is that of
+    forward and backward; masters, moments and the moving average are fp32. `seed` keys NEFTune's noise.
 
     Every method except the properties is collective: all processes of the group call it, in the same order.
     """
@@ -219,9 +202,11 @@ class TrainingEngine:
         dtype: str,
         total_updates: int,
         info: ProcessInfo,
+        seed: int,
     ) -> None:
         self._config, self._total, self._info = config, total_updates, info
         self._stage = effective_zero_stage(config.zero_stage, dtype)
+        freeze(model, config.freeze)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trained:
             raise ValueError(
@@ -229,13 +214,25 @@ class TrainingEngine:
             )
         if config.offload_optimizer and self._stage == 0:
             raise ValueError("trainer.offload_optimizer needs trainer.zero_stage >= 1: ZeRO is what offloads")
-        self._adam = make_optimizer(self._trained, config)
-        self._groups = [list(group["params"]) for group in self._adam.param_groups]
+        if config.optimizer in WHOLE_MATRICES and self._stage:
+            raise ValueError(
+                f"trainer.optimizer={config.optimizer} reads whole matrices, which ZeRO flattens: use "
+                "trainer.zero_stage: 0 and model.dtype: float32 (bfloat16 always runs under ZeRO 1)"
+            )
+        self._optimizer = make_optimizer(model, config)
+        self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        self._state = self._state_layout()
+        self._noise = (
+            EmbeddingNoise(model, alpha=config.neftune_alpha, seed=seed) if config.neftune_alpha else None
+        )
         num_trained = sum(p.numel() for p in self._trained.values())
         self._engine = self._initialize(
             model, deepspeed_config(config, dtype=dtype, info=info, num_trained=num_trained)
         )
-        self._create_moments()
+        self._create_state()
+        # An adapter's A moves with the second step, when its B is no longer 0.
+        self._watched_steps = 2 if any("lora_A" in name for name in self._trained) else 1
+        self._at_start: dict[str, int] | None = None
         self.version = 0  # optimiser steps applied
         self.updates = 0  # optimiser steps tried: the learning rate's position
         weights_changed(self.module)
@@ -250,7 +247,7 @@ class TrainingEngine:
         try:
             with quiet:
                 engine, *_ = deepspeed.initialize(
-                    model=model, optimizer=self._adam, config=config, dist_init_required=False
+                    model=model, optimizer=self._optimizer, config=config, dist_init_required=False
                 )
         finally:
             gc.unfreeze()
@@ -275,40 +272,59 @@ class TrainingEngine:
 
     # -- one step --------------------------------------------------------------------------------------------
 
-    def update(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> UpdateStats:
+    def update(self, micro_batches: Sequence[Batch], loss_fn: LossFn | Sequence[LossFn]) -> UpdateStats:
         """One optimiser step over this process's micro-batches, as many as every other process has.
 
-        `loss_fn(model, micro)` returns a scalar already divided by the step's global count, so that all
-        micro-batches of all processes add up to the loss, and numbers by name which add up too; names ending
-        in _min or _max are reduced to the extreme instead. A micro-batch without rows takes part with a
-        stand-in row that counts for nothing.
+        `loss_fn`, one for all or one for each, is called as `loss_fn(model, micro)` and returns a scalar already
+        divided by the step's global count, so that all micro-batches of all processes add up to the loss, and
+        numbers by name which add up too; names ending in _min or _max are reduced to the extreme instead. A
+        micro-batch without rows takes part with a stand-in row that counts for nothing.
 
         A loss or gradient that is not finite on any process skips the step on all: no weight, moment or
-        version moves, but the learning rate's position does. Raises ValueError without micro-batches.
+        version moves, but the learning rate's position does. So does a step in which no token counts, which
+        every process knows without asking the others; no forward pass is made for it. Raises ValueError without
+        micro-batches.
         """
         if not micro_batches:
             raise ValueError("update() got no micro-batch; give a process without rows an empty Batch")
         lr = lr_at(self.updates, self._config, self._total)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        total, collected = self._accumulate(micro_batches, loss_fn)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        if not any(micro.num_loss_tokens for micro in micro_batches):
+            self.updates += 1
+            return UpdateStats(loss=0.0, grad_norm=0.0, lr=lr, skipped=True, sums={}, empty=True)
+        loss_fns = [loss_fn] * len(micro_batches) if callable(loss_fn) else loss_fn
+        total, collected = self._accumulate(micro_batches, loss_fns)
         fault_point("optimizer.before")
+        if self.version == 0 and self._at_start is None:
+            self._at_start = self._fingerprints()
         grad_norm, applied = self._step_whole() if self._stage == 0 else self._step_zero()
         self.updates += 1
         self.version += applied
+        if applied and self._config.ema_decay is not None:
+            self._average(self._config.ema_decay)
         weights_changed(self.module)
         fault_point("optimizer.after")
         loss, sums = self._reduce(total, collected)
-        return UpdateStats(loss=loss, grad_norm=grad_norm, lr=lr, skipped=not applied, sums=sums)
+        return UpdateStats(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=not applied,
+            sums=sums,
+            unchanged=self._unchanged(),
+        )
 
-    def _accumulate(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> tuple[torch.Tensor, Sums]:
+    def _accumulate(
+        self, micro_batches: Sequence[Batch], loss_fns: Sequence[LossFn]
+    ) -> tuple[torch.Tensor, Sums]:
         """Backward of every micro-batch; this process's loss and numbers."""
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         collected: Sums = {}
-        for i, micro in enumerate(micro_batches):
+        for i, (micro, loss_fn) in enumerate(zip(micro_batches, loss_fns, strict=True)):
             self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             fault_point("train.forward")
-            loss, sums = _share(self.model, micro, loss_fn)
+            loss, sums = self._share(micro, loss_fn)
             # DeepSpeed averages over processes; and a bad loss must not leave a finite gradient behind.
             scale = torch.where(torch.isfinite(loss.detach()), float(self._info.world_size), math.nan)
             fault_point("train.backward")
@@ -316,6 +332,17 @@ class TrainingEngine:
             total += loss.detach()
             _collect(collected, {name: value.detach().to(total) for name, value in sums.items()})
         return total, collected
+
+    def _share(self, micro: Batch, loss_fn: LossFn) -> tuple[torch.Tensor, Sums]:
+        """This micro-batch's part of loss and numbers. Without rows both are empty, but the model has run all the
+        same: the other processes wait for this one's share in every exchange that its passes make."""
+        shown = micro if len(micro) else stand_in(micro)
+        with self._noise.on(shown, self.updates) if self._noise else contextlib.nullcontext():
+            loss, sums = loss_fn(self.model, shown)
+        if len(micro):
+            return loss, sums
+        nothing = {n: torch.full_like(s, -_sign(n) * math.inf if _sign(n) else 0.0) for n, s in sums.items()}
+        return loss * 0.0, nothing
 
     def _step_zero(self) -> tuple[float, bool]:
         """Clip and step inside ZeRO, which refuses a global norm that is not finite."""
@@ -351,27 +378,103 @@ class TrainingEngine:
             values |= {n: _sign(n) * top for n, top in zip(extremes, tops.cpu(), strict=True)}
         return float(sums[0]), {n: values[n] for n in collected}
 
+    # -- what did not move -----------------------------------------------------------------------------------
+
+    def _unchanged(self) -> tuple[str, ...]:
+        """After the last of the first steps: the trained parameters that are what they were, on every process."""
+        if self.version != self._watched_steps or self._at_start is None:
+            return ()
+        before, self._at_start = self._at_start, {}
+        now = self._fingerprints()
+        moved = torch.tensor([before[name] != now[name] for name in before], dtype=torch.int32)
+        if self._info.world_size > 1:
+            moved = moved.to(self._engine.device)
+            dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+        return tuple(name for name, m in zip(before, moved.tolist(), strict=True) if not m)
+
+    def _fingerprints(self) -> dict[str, int]:
+        """A number for the bits of this process's part of each master."""
+        return {name: _fingerprint(self._local_master(p)) for name, p in self._trained.items()}
+
+    def _local_master(self, p: torch.nn.Parameter) -> torch.Tensor:
+        if self._stage == 0:
+            return p.detach()
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return safe_get_local_fp32_param(p)
+        return p.detach()[:0].float() if p._hp_mapping is None else p._hp_mapping.hp_fragment
+
+    # -- the moving average ----------------------------------------------------------------------------------
+
+    def _average(self, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * weights, each process its part."""
+        with torch.no_grad():
+            for _, master in self._masters():
+                self._optimizer.state[master][_AVERAGE].lerp_(master.detach(), 1.0 - decay)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model's weights are their moving average over the steps (`trainer.ema_decay`), for an export
+        or an evaluation; afterwards they are bit for bit what they were. Raises ValueError if there is none.
+        """
+        if self._config.ema_decay is None:
+            raise ValueError("there is no moving average of the weights; set trainer.ema_decay")
+        kept: dict[str, torch.Tensor] = {}
+        if self.weights_are_whole:  # under ZeRO-3 they are their masters, rounded
+            kept = {name: p.detach().to("cpu", copy=True) for name, p in self._trained.items()}
+        try:
+            for p in self._trained.values():
+                self._set_weight(p, self._full_state(p, _AVERAGE))
+            weights_changed(self.module)
+            yield
+        finally:
+            for name, p in self._trained.items():
+                self._set_weight(p, kept[name] if kept else self._full_state(p, "master"))
+            weights_changed(self.module)
+
+    def _set_weight(self, p: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Give a parameter new values, in the model's type; its master stays."""
+        with torch.no_grad(), self._gathered([p], writer=0):
+            if self.weights_are_whole or self._info.rank == 0:
+                p.data.copy_(value)
+
     # -- full weights ----------------------------------------------------------------------------------------
 
-    def named_full_weights(self, *, merged: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter, whole, detached, in the model's dtype, tied ones once.
+    def named_full_weights(
+        self, *, merged: bool = True, trained_only: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, whole, detached, in the model's dtype, tied ones once; with `trained_only` those that
+        the optimiser moves, unmerged.
 
         With `merged`, a LoRA model is shown as the plain model that it is equivalent to: adapters added to
         the weights they adapt, names without peft's prefixes. Under ZeRO-3 the tensors are copies and every
         process must take them all; otherwise they are the live weights wherever nothing was merged.
         """
         module = self.module
-        if merged and _is_peft(module):
+        if trained_only:
+            yield from self._plain_weights(self._trained)
+        elif merged and _is_peft(module):
             yield from self._merged_weights(module.get_base_model())
-            return
-        yield from self._plain_weights(dict(module.named_parameters()))
+        else:
+            yield from self._plain_weights(dict(module.named_parameters()))
+
+    @property
+    def has_frozen_weights(self) -> bool:
+        """Whether some parameters never change."""
+        return any(not p.requires_grad for p in self.module.parameters())
 
     def _merged_weights(self, base: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
 
         adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
-        inside = tuple(f"{name}." for name in adapted)
+        heads = {name: head for name, head in base.named_modules() if isinstance(head, ModulesToSaveWrapper)}
+        inside = tuple(f"{name}." for name in (*adapted, *heads))
         plain = {name: p for name, p in base.named_parameters() if not name.startswith(inside)}
+        for name, head in heads.items():  # trained whole: peft keeps the first state beside it
+            trained = head.modules_to_save[head.active_adapters[0]]
+            plain |= {f"{name}.{n}": p for n, p in trained.named_parameters()}
         yield from self._plain_weights(plain)
         for name, layer in adapted.items():
             with self._gathered(list(layer.parameters())):
@@ -413,15 +516,21 @@ class TrainingEngine:
 
     # -- state -----------------------------------------------------------------------------------------------
 
+    @property
+    def state_bytes(self) -> int:
+        """What `state_dict` holds: masters, the optimiser's moments and the moving average, in fp32."""
+        return 4 * sum(shape.numel() for shapes in self._state.values() for shape in shapes.values())
+
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """(tensors, scalars): the whole training state, independent of ZeRO stage and number of processes.
 
-        Tensors are full, fp32, on the CPU: master.<name>, exp_avg.<name>, exp_avg_sq.<name> of every trained
-        parameter. They are on rank 0; the other processes get an empty dict. Scalars: version, updates.
+        Tensors are full, fp32, on the CPU, for every trained parameter: master.<name>, what the optimiser keeps
+        (exp_avg.<name>, ...), and ema.<name> if there is a moving average. They are on rank 0; the other processes
+        get an empty dict. Scalars: version, updates.
         """
         tensors: dict[str, torch.Tensor] = {}
-        for kind in ("master", *_MOMENTS):
-            for name, p in self._trained.items():
+        for name, p in self._trained.items():
+            for kind in self._state[name]:
                 full = self._full_state(p, kind)
                 if self._info.rank == 0:
                     tensors[f"{kind}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
@@ -436,19 +545,22 @@ class TrainingEngine:
         self._check_state(tensors)
         with torch.no_grad():
             for name, p in self._trained.items():
-                for kind in ("master", *_MOMENTS):
+                for kind in self._state[name]:
                     self._set_full_state(p, kind, tensors[f"{kind}.{name}"].to(p.device))
-                with self._gathered([p], writer=0):
-                    if self.weights_are_whole or self._info.rank == 0:
-                        p.data.copy_(tensors[f"master.{name}"])
+                self._set_weight(p, tensors[f"master.{name}"])
         self.version, self.updates = int(scalars["version"]), int(scalars["updates"])
-        for state in self._adam.state.values():
-            state["step"].fill_(self.version)
+        self._at_start = None
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(self.version)
         weights_changed(self.module)
 
     def _check_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        shapes = {name: tuple(self._shape(p)) for name, p in self._trained.items()}
-        want = {f"{kind}.{name}": shape for kind in ("master", *_MOMENTS) for name, shape in shapes.items()}
+        want = {
+            f"{kind}.{name}": tuple(shape)
+            for name, shapes in self._state.items()
+            for kind, shape in shapes.items()
+        }
         problems = [f"missing: {n}" for n in want if n not in tensors]
         problems += [f"not of this model: {n}" for n in tensors if n not in want]
         for name, shape in want.items():
@@ -458,31 +570,48 @@ class TrainingEngine:
             more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
             raise ValueError(
                 "the saved training state does not fit this model; were the model, the LoRA rank or its "
-                "target_modules changed?" + "".join(f"\n  {line}" for line in problems[:12] + more) + "\n"
+                "target_modules, trainer.optimizer, momentum, freeze or ema_decay changed?"
+                + "".join(f"\n  {line}" for line in problems[:12] + more)
+                + "\n"
                 "Restore the settings of the run that saved it, or start a run under another run.name"
             )
 
-    def _masters(self) -> list[list[torch.Tensor]]:
-        """The fp32 tensors that AdamW steps, for each parameter group."""
-        if self._stage == 3:  # flat, taken in and out of the optimiser's groups during a step
-            return [list(self._engine.optimizer.fp32_partitioned_groups_flat)]
-        return [list(group["params"]) for group in self._adam.param_groups]
+    def _state_layout(self) -> dict[str, dict[str, torch.Size]]:
+        """For each trained parameter the full shape of each part of its state, "master" first."""
+        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        layout = {}
+        for name, p in self._trained.items():
+            average = {} if self._config.ema_decay is None else {_AVERAGE: p.shape}
+            layout[name] = {"master": p.shape, **state_shapes(group_of[id(p)], p.shape), **average}
+        return layout
 
-    def _create_moments(self) -> None:
-        """Give AdamW its state before the first step, as it would itself: it can be saved and loaded then."""
-        for master in (m for group in self._masters() for m in group):
-            zeros = {key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS}
-            step = torch.zeros((), dtype=torch.float32, device=master.device)
-            self._adam.state[master] = {"step": step, **zeros}
+    def _masters(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """The fp32 tensors that the optimiser steps, each with its parameter group."""
+        groups = self._optimizer.param_groups
+        if self._stage == 3:  # flat, taken in and out of the optimiser's groups during a step
+            zero = self._engine.optimizer
+            of_part = (
+                groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp32_partitioned_groups_flat))
+            )
+            return list(zip(of_part, zero.fp32_partitioned_groups_flat, strict=True))
+        return [(group, master) for group in groups for master in group["params"]]
+
+    def _create_state(self) -> None:
+        """Give the optimiser its state before the first step, as it would itself: it can be saved and loaded
+        then."""
+        for group, master in self._masters():
+            self._optimizer.state[master] = initial_state(group, master.detach())
+            if self._config.ema_decay is not None:
+                self._optimizer.state[master][_AVERAGE] = master.detach().clone()
         if self._stage in (1, 2):
             from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-            for parameters, (flat,) in zip(self._groups, self._masters(), strict=True):
-                lazy_init_hp_params_optimizer_state(parameters, flat, self._adam.state)
+            for parameters, (_, flat) in zip(self._groups, self._masters(), strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
 
     def _full_state(self, p: torch.nn.Parameter, kind: str) -> torch.Tensor:
         if self._stage == 0:
-            return p if kind == "master" else self._adam.state[p][kind]
+            return p if kind == "master" else self._optimizer.state[p][kind]
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if kind != "master":
@@ -494,7 +623,7 @@ class TrainingEngine:
 
     def _set_full_state(self, p: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
         if self._stage == 0:
-            (p.data if kind == "master" else self._adam.state[p][kind]).copy_(value)
+            (p.data if kind == "master" else self._optimizer.state[p][kind]).copy_(value)
         elif self._stage == 3:
             self._set_partition(p, kind, value)
         else:
@@ -527,44 +656,20 @@ class TrainingEngine:
             hook.remove()
         if self._stage == 3:
             _forget(module)
-        self._adam.state.clear()
-        self._adam.param_groups.clear()
+        if self._noise is not None:
+            self._noise.remove()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
         engine.optimizer = engine.basic_optimizer = engine.module = None
         for p in module.parameters():
             p.grad = None
-        del self._engine, self._adam, self._trained, self._groups
+        del self._engine, self._optimizer, self._trained, self._groups
         gc.collect()
 
 
-def _share(model: torch.nn.Module, micro: Batch, loss_fn: LossFn) -> tuple[torch.Tensor, Sums]:
-    """This micro-batch's part of loss and numbers. Without rows both are empty, but the model has run all the
-    same: the other processes wait for this one's share in every exchange that its passes make."""
-    if len(micro):
-        return loss_fn(model, micro)
-    loss, sums = loss_fn(model, stand_in(micro))
-    nothing = {n: torch.full_like(s, -_sign(n) * math.inf if _sign(n) else 0.0) for n, s in sums.items()}
-    return loss * 0.0, nothing
-
-
 def stand_in(empty: Batch) -> Batch:
-    """One row of two tokens in which nothing counts, with the fields that `empty` has."""
-    changes: dict[str, Any] = {}
-    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns"):
-        if getattr(empty, name) is not None:
-            changes[name] = torch.zeros(1, 2, device=empty.token_ids.device)
-    for name, dtype in (("rewards", torch.float32), ("group_ids", torch.int64)):
-        if getattr(empty, name) is not None:
-            changes[name] = torch.zeros(1, dtype=dtype, device=empty.token_ids.device)
-    mask = torch.ones(1, 2, dtype=torch.bool, device=empty.token_ids.device)
-    second = mask & torch.tensor([[False, True]], device=mask.device)
-    return empty.replace(
-        sample_ids=("",),
-        token_ids=mask.long() * 0,
-        attention_mask=mask,
-        response_mask=second,
-        loss_mask=mask & False,
-        **changes,
-    )
+    """A pair of rows of two tokens in which nothing counts, with the fields that `empty` has."""
+    return empty.zeros(rows=2, width=2)
 
 
 def _sign(name: str) -> int:
@@ -581,6 +686,15 @@ def _collect(collected: Sums, sums: Sums) -> None:
             collected[name] = (torch.maximum if _sign(name) > 0 else torch.minimum)(collected[name], value)
         else:
             collected[name] = collected[name] + value
+
+
+def _fingerprint(x: torch.Tensor) -> int:
+    """A number that changes with any bit of an fp32 tensor, but for a chance of about 2^-64."""
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for part in x.reshape(-1).view(torch.int32).split(1 << 20):
+        odd = 2 * torch.arange(part.numel(), device=x.device) + 1
+        total = total * 0x5851F42D4C957F2D + (part.long() * odd).sum()
+    return int(total)
 
 
 def _forget(module: torch.nn.Module) -> None:

@@ -14,11 +14,18 @@ from rlhf.records import Rollout
 from rlhf.trainers.deepspeed_engine import UpdateStats
 
 
-def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
-    """Means over the step's updates, weighted by their loss tokens; gradient norm and learning rate of the last."""
-    metrics = finish_stats(merge_sums([u.sums for u in updates]), num_updates=len(updates))
+def update_metrics(updates: Sequence[UpdateStats], *, role: str = "policy") -> dict[str, float]:
+    """Means over the step's updates, weighted by what they count; gradient norm and learning rate of the last.
+
+    Updates without a token in the loss have no numbers and are left out; where all were, only norm (0) and rate remain.
+    {} for no update at all. `role` is "policy", or "value" for the critic's.
+    """
+    if not updates:
+        return {}
+    sums = [u.sums for u in updates if not u.empty]
+    metrics = finish_stats(merge_sums(sums), num_updates=len(sums)) if sums else {}
     last = updates[-1]
-    return metrics | {"policy/grad_norm": last.grad_norm, "policy/lr": last.lr}
+    return metrics | {f"{role}/grad_norm": last.grad_norm, f"{role}/lr": last.lr}
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, version: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,18 +46,33 @@ class Clock:
 
 
 def _share_out(batch: Batch, processes: int, max_tokens: int) -> list[list[list[int]]]:
-    return plan_micro_batches(batch.lengths.tolist(), num_processes=processes, max_tokens=max_tokens)
+    """Which rows each process takes in each micro-batch; the two rows of a preference pair stay together."""
+    pairs = batch.labels is not None and batch.group_ids is not None
+    units = batch.group_ids.tolist() if pairs else None
+    return plan_micro_batches(batch.lengths.tolist(), num_processes=processes, max_tokens=max_tokens, units=units)
 
 
-def _score(group: Any, method: str, batch: Batch, max_tokens: int) -> torch.Tensor:
-    """(B, T) fp32 log-probs of the response tokens, gathered from the group's processes in row order."""
+def _score(group: Any, method: str, batch: Batch, max_tokens: int, *args: Any) -> torch.Tensor:
+    """What `method` gives for every row, (B,) or (B, T) fp32, gathered from the group's processes in row order."""
     plan = _share_out(batch, group.size, max_tokens)
-    results = group.call_each(method, [([batch.select(rows) for rows in micros],) for micros in plan])
-    scores = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
-    for micros, tensors in zip(plan, results, strict=True):
-        for rows, part in zip(micros, tensors, strict=True):
-            if rows:
-                scores[rows, : part.shape[1]] = part
+    results = group.call_each(method, [([batch.select(rows) for rows in micros], *args) for micros in plan])
+    rows = [row for micros in plan for part in micros for row in part]
+    parts = [part for tensors in results for part in tensors]
+    return _gathered(batch, rows, parts)
+
+
+def _gathered(batch: Batch, rows: Sequence[int], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of the parts at their places in the batch, 0 where there is nothing."""
+    first = parts[0]
+    shape = batch.token_ids.shape if first.dim() > 1 else batch.token_ids.shape[:1]
+    scores = torch.zeros((*shape, *first.shape[2:]), dtype=first.dtype)
+    places = iter(rows)
+    for part in parts:
+        index = [next(places) for _ in range(len(part))]
+        if index and part.dim() > 1:
+            scores[index, : part.shape[1]] = part
+        elif index:
+            scores[index] = part
     return scores
 
 
@@ -72,16 +87,47 @@ class Actor:
         with self._clock.phase("score"):
             return _score(self.group, "score", batch, self._max_tokens)
 
-    def update(self, batch: Batch, loss: str) -> UpdateStats:
-        """One optimiser step on the whole batch; `loss` is "policy" or "sft"."""
+    def rewards(self, batch: Batch) -> torch.Tensor:
+        """(B,) fp32: scores of whole responses, where the actor is a reward model."""
+        with self._clock.phase("score"):
+            return _score(self.group, "score_rewards", batch, self._max_tokens, "actor")
+
+    def update(self, *parts: tuple[Batch, str], **changing: float) -> UpdateStats:
+        """One optimiser step on whole batches, each with its loss (a name in `trainers.forward.LOSSES`)."""
         with self._clock.phase("update"):
-            plan = _share_out(batch, self.group.size, self._max_tokens)
-            args = [([batch.select(rows) for rows in micros], loss) for micros in plan]
-            return self.group.call_each("update", args)[0]  # the processes agree: sums are global
+            return _update(self.group, "actor", parts, self._max_tokens, changing)
+
+
+class Critic:
+    """The value function that is trained beside the policy."""
+
+    def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
+        self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """(B, T) fp32: values of the states before each response token."""
+        with self._clock.phase("value"):
+            return _score(self.group, "score_values", batch, self._max_tokens)
+
+    def update(self, batch: Batch) -> UpdateStats:
+        """One optimiser step on the whole batch."""
+        with self._clock.phase("update_critic"):
+            return _update(self.group, "critic", [(batch, "value")], self._max_tokens, {})
+
+
+def _update(
+    group: Any, role: str, parts: Sequence[tuple[Batch, str]], max_tokens: int, changing: Mapping[str, float]
+) -> UpdateStats:
+    """Share every part out; each process gets [(micro-batch, loss)], as many as every other process."""
+    shares: list[list[tuple[Batch, str]]] = [[] for _ in range(group.size)]
+    for batch, loss in parts:
+        for share, micros in zip(shares, _share_out(batch, group.size, max_tokens), strict=True):
+            share.extend((batch.select(rows), loss) for rows in micros)
+    return group.call_each("update", [(role, share, dict(changing)) for share in shares])[0]  # sums are global
 
 
 class Reference:
-    """The frozen policy that the KL is measured from."""
+    """The policy that the KL, or a preference, is measured from."""
 
     def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
         self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
@@ -92,6 +138,43 @@ class Reference:
             return _score(self.group, "score_reference", batch, self._max_tokens)
 
 
+class RewardModel:
+    """A frozen model that scores whole responses."""
+
+    def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
+        self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """(B,) fp32: the score at each row's last token."""
+        with self._clock.phase("reward_model"):
+            return _score(self.group, "score_rewards", batch, self._max_tokens, "reward")
+
+
+class Teacher:
+    """A frozen model whose distribution is imitated."""
+
+    def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
+        self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """(B, T) fp32: log-probs of the response tokens under the teacher, nats."""
+        with self._clock.phase("teacher"):
+            return _score(self.group, "score_teacher", batch, self._max_tokens)
+
+    def top(self, batch: Batch) -> Batch:
+        """The batch with the teacher's likeliest tokens at every loss token and their log-probs, (B, T, K)."""
+        with self._clock.phase("teacher"):
+            plan = _share_out(batch, self.group.size, self._max_tokens)
+            args = [([batch.select(rows) for rows in micros],) for micros in plan]
+            results = self.group.call_each("teacher_top", args)
+        rows = [row for micros in plan for part in micros for row in part]
+        pairs = [pair for result in results for pair in result]
+        return batch.replace(
+            teacher_ids=_gathered(batch, rows, [ids for ids, _ in pairs]),
+            teacher_logprobs=_gathered(batch, rows, [logprobs for _, logprobs in pairs]),
+        )
+
+
 class Sampler:
     """The rollout engines, one in each process of their group."""
 
@@ -99,9 +182,17 @@ class Sampler:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, samples: int, purpose: str, step: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        samples: int,
+        purpose: str,
+        step: int,
+        first: int = 0,
     ) -> list[RolloutGroup]:
-        """`samples` responses to each prompt, in the prompts' order.
+        """`samples` responses to each prompt, in the prompts' order. `first` is the number of the first prompt among
+        those of the step.
 
         The randomness of one token is a function of (run seed, purpose, step, prompt id, sample, position): the number
         of engines and the order in which they finish change nothing.
@@ -113,7 +204,7 @@ class Sampler:
                 params=params,
                 seeds=tuple(rng.key(self._seed, purpose, step, i, prompt.id, j) for j in range(samples)),
             )
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(prompts, first)
         ]
         engines = self.group.size
         with self._clock.phase("rollout"):
@@ -121,7 +212,7 @@ class Sampler:
         completions = [results[i % engines][i // engines] for i in range(len(requests))]
         return [
             RolloutGroup(prompt, tuple(self._rollout(f"{step}/{i}/{c.index}", prompt, c) for c in group))
-            for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
+            for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True), first)
         ]
 
     def _rollout(self, sample_id: str, prompt: Prompt, completion: Any) -> Rollout:

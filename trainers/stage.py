@@ -1,32 +1,41 @@
 """One stage of a run: everything around a method's loop.
 
-A loop (`grpo.py`, `sft.py`) says what a step does; the stage says what happens between steps: resume, evaluation,
+A loop (`grpo.py`, `dpo.py`, ...) says what a step does; the stage says what happens between steps: resume, evaluation,
 publishing, metrics, checkpoints, stopping. Order at the end of a step: evaluate, write the step's record, save. A
-record is therefore on disk before the checkpoint that covers it, and on resume the records are cut back to the checkpoint.
+record is therefore on disk before the checkpoint that covers it, and on resume the records are cut back to the
+checkpoint. What several loops do alike within a step is here too; sampling rounds are in `rounds.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf import rng
 from rlhf.advantages import advantage_metrics
-from rlhf.batching import SftExample
+from rlhf.batching import make_sft_batch, split_minibatches, why_masked
 from rlhf.checkpoint import Checkpoint, save_checkpoint
-from rlhf.data import PromptDataset, SftDataset, step_rows
-from rlhf.faults import at_step
-from rlhf.recipe.schema import Recipe
-from rlhf.records import Batch, Prompt, Rollout
+from rlhf.data import rows_from
+from rlhf.faults import at_step, faults_are_set
+from rlhf.kl import adaptive_kl_coef
+from rlhf.objectives import select_by_covariance
+from rlhf.recipe import rules
+from rlhf.recipe.schema import AlgorithmConfig, Recipe
+from rlhf.records import Batch, Prompt, Rollout, RolloutGroup
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
+from rlhf.settings import bind
 from rlhf.tracking import Tracker
 from rlhf.trainers.deepspeed_engine import UpdateStats
-from rlhf.trainers.evaluate import evaluate
+from rlhf.trainers.evaluate import evaluate, evaluate_pairs
 from rlhf.trainers.metrics import rollout_metrics, update_metrics
-from rlhf.trainers.roles import Actor, Clock, Reference, Sampler
+from rlhf.trainers.reference_cache import ReferenceCache
+from rlhf.trainers.rewarding import RewardSum, shorten
+from rlhf.trainers.roles import Actor, Clock, Critic, Reference, Sampler, Teacher
 from rlhf.trainers.weights import publish
 
 
@@ -40,12 +49,16 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside the actor's state. Steps count within the stage."""
+    """What a checkpoint holds beside the models' state. Steps count within the stage."""
 
     step: int = 0  # steps completed
+    position: int = 0  # rows of the data taken
     version: int = 0  # optimiser steps applied since the stage's start
-    skipped: int = 0  # updates skipped for a non-finite loss or gradient
-    skipped_in_a_row: int = 0
+    skipped: int = 0  # updates skipped, for whatever reason
+    skipped_in_a_row: int = 0  # by the actor, for a non-finite loss or gradient
+    critic_skipped_in_a_row: int = 0
+    kl_coef: float = 0.0  # as it is now: it may adapt
+    best: float | None = None  # highest value of evaluation.keep_best so far
 
 
 @dataclass
@@ -57,43 +70,54 @@ class Stage:
     folder: Path  # checkpoints go to folder/checkpoints
     offset: int  # steps of the run before this stage
     total_steps: int
-    data: PromptDataset | SftDataset
-    eval_sets: Mapping[str, PromptDataset]
+    data: Any  # a dataset of rlhf.data
+    eval_sets: Mapping[str, Any]
+    eval_pairs: Mapping[str, Any]
     actor: Actor
     tracker: Tracker
     clock: Clock
     sampling: SamplingParams
     eval_sampling: SamplingParams
-    scorer: Scorer | None = None
-    sampler: Sampler | None = None
+    critic: Critic | None = None
     reference: Reference | None = None
-    fingerprint: Mapping[str, str] = field(default_factory=dict)  # of recipe and data, kept in checkpoints
+    teacher: Teacher | None = None
+    sampler: Sampler | None = None
+    scorer: Scorer | RewardSum | None = None
+    ptx_data: Any = None
+    prompt_data: Any = None  # prompts of a method whose data is something else
+    gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the data's answers by prompt id
+    identity: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # what it was started with; in checkpoints
+    export: Callable[[Path], None] = lambda folder: None  # writes the model as it is now
+    evaluated: bool = False  # the model that it starts from was evaluated at the end of an earlier stage
     should_stop: Callable[[], bool] = lambda: False
     progress: Progress = field(default_factory=Progress)
 
     _metrics: dict[str, float] = field(default_factory=dict, init=False)
     _timings: dict[str, float] = field(default_factory=dict, init=False)
     _published: int = field(default=-1, init=False)  # version of the weights that the sampler holds
+    _cache: ReferenceCache | None = field(default=None, init=False)
 
-    # -- the loop's side -------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        self.progress.kl_coef = self.recipe.algorithm.kl_coef
+
+    # -- the loop's side: data -------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
         """Indices of the remaining steps, from 0. Everything between two steps happens in here."""
         self.publish()  # a resumed actor is not what the engines have loaded
-        if self.progress.step == 0 and self.offset == 0:  # later stages begin where the one before was evaluated
-            self._evaluate()
+        if self.progress.step == 0:
+            self._evaluate(self.eval_sets if not self.evaluated else {})
             self._write_record()
         for step in range(self.progress.step, self.total_steps):
             if self.should_stop():
                 raise Preempted(f"stopped before step {self.offset + step + 1} of stage {self.name!r}")
-            at_step(self.offset + step + 1)
-            self.actor.group.call("set_step", self.offset + step + 1)
+            self._announce(self.offset + step + 1)
             yield step
             self.progress.step = step + 1
             last = step + 1 == self.total_steps
             every = self.recipe.evaluation.every
             if last or (every and (step + 1) % every == 0):
-                self._evaluate()
+                self._evaluate(self.eval_sets)
             self._write_record()
             stop = self.should_stop()
             if last or stop or (step + 1) % self.recipe.run.save_every == 0:
@@ -101,70 +125,243 @@ class Stage:
             if stop:
                 raise Preempted(f"stopped after step {self.offset + step + 1} of stage {self.name!r}; state saved")
 
-    def prompts(self, step: int) -> list[Prompt]:
-        """The step's prompts: a function of (data, seed, step)."""
-        return [self.data[i] for i in self._rows(step)]
+    def _announce(self, step: int) -> None:
+        """Tell the fault points of every process which step this is, if any is to fail."""
+        if not faults_are_set():
+            return
+        at_step(step)
+        roles = [self.actor, self.critic, self.reference, self.teacher, self.sampler]
+        for group in {id(role.group): role.group for role in roles if role is not None}.values():
+            group.call("set_step", step)
 
-    def examples(self, step: int) -> list[SftExample]:
-        """The step's examples: a function of (data, seed, step)."""
-        return [self.data[i] for i in self._rows(step)]
+    def next_rows(self, data: Any = None) -> list[Any]:
+        """The next rows of the training data (or of `data`), as many as a step has: a function of (data, seed, rows
+        taken so far)."""
+        data, count = self.data if data is None else data, self.recipe.trainer.prompts_per_step
+        rows = rows_from(len(data), seed=self.recipe.run.seed, position=self.progress.position, count=count)
+        self.progress.position += count
+        return [data[i] for i in rows]
 
-    def _rows(self, step: int) -> list[int]:
-        rows_per_step = self.recipe.trainer.prompts_per_step
-        return step_rows(len(self.data), seed=self.recipe.run.seed, step=step, rows_per_step=rows_per_step)
+    def ptx_rows(self, step: int) -> list[Any]:
+        """The step's rows of the texts to keep modelling."""
+        count = self.recipe.ptx.rows_per_step
+        seed = rng.key(self.recipe.run.seed, "ptx") % 2**32
+        rows = rows_from(len(self.ptx_data), seed=seed, position=step * count, count=count)
+        return [self.ptx_data[i] for i in rows]
 
-    def old_logprobs(self, batch: Batch) -> torch.Tensor | None:
-        """(B, T) fp32: log-probs under the weights before this step's updates; None = those of the update's own forward.
+    # -- the loop's side: sampling and rewards ---------------------------------------------------------------------
 
-        With one update a step that forward gives them for nothing, and they are still compared with what the sampler
-        reported (mismatch/*).
+    def generate(self, prompts: Sequence[Prompt], step: int, *, first: int = 0) -> list[RolloutGroup]:
+        """rollout.group_size responses to each prompt; `first` numbers the prompts of a later round of the step."""
+        size = self.recipe.rollout.group_size
+        return self.sampler.generate(
+            prompts, self.sampling, samples=size, purpose="rollout", step=step, first=first
+        )
+
+    def reward(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their rewards, the penalty on overlong ones included."""
+        if self.scorer is None:
+            return list(rollouts)
+        return shorten(self.scorer.score(rollouts), self.recipe)
+
+    def greedy_rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:
+        """(B,) fp32: for every rollout, the reward of the greedy answer to its prompt (ReMax's baseline)."""
+        greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
+        answers = self.sampler.generate(
+            [group.prompt for group in groups], greedy, samples=1, purpose="greedy", step=step
+        )
+        scored = self.reward([answer.rollouts[0] for answer in answers])
+        rewards = [float("nan") if r.reward is None else r.reward for r in scored]
+        return torch.tensor([reward for reward, group in zip(rewards, groups) for _ in group.rollouts])
+
+    # -- the loop's side: scores -----------------------------------------------------------------------------------
+
+    @property
+    def policy_settings(self) -> AlgorithmConfig:
+        """The algorithm section with the method's defaults, and the KL's weight as it is now."""
+        return rules.decided(self.recipe).model_copy(update={"kl_coef": self.progress.kl_coef})
+
+    def scored(self, batch: Batch) -> Batch:
+        """The batch with the log-probs that the step needs before its first update.
+
+        `old_logprobs` stay None where they are those of the update's own forward: with one update a step that gives
+        them for nothing, and they are still compared with what the sampler reported (mismatch/*).
         """
+        trainer, algorithm = self.recipe.trainer, self.policy_settings
+        one_update = trainer.minibatches_per_step * trainer.passes_per_step == 1
+        needs_old = not one_update or algorithm.covariance != "none" or (algorithm.kl_in_reward and algorithm.kl_coef)
+        if needs_old:
+            batch = batch.replace(old_logprobs=self.actor.score(batch))
+        if self.reference is not None:
+            batch = batch.replace(ref_logprobs=self.reference.score(batch))
+        return batch
+
+    def with_covariance(self, batch: Batch, step: int) -> Batch:
+        """The batch with the tokens marked that `algorithm.covariance` holds back."""
+        settings = self.policy_settings
+        if settings.covariance == "none":
+            return batch
+        key = rng.key(self.recipe.run.seed, "covariance", step)
+        select = bind(select_by_covariance, settings, key=key)
+        return batch.replace(cov_tokens=select(batch.old_logprobs, batch.advantages, batch.loss_mask))
+
+    def prepare_reference(self, make_batch: Callable[[Sequence[Any]], Batch]) -> None:
+        """Compute the reference's log-probs of the whole data before the first update, or take them from the disk."""
+        if not rules.needs_reference_logprobs(self.recipe) or self.recipe.reference.update_every is not None:
+            return
+        scorer = self.reference or self.actor  # the actor has not moved yet
+        sets = {"train": self.data, **self.eval_pairs}
+        self._cache = ReferenceCache.load_or_make(
+            self.folder / "reference.safetensors", sets, make_batch, scorer.score, self.identity
+        )
+
+    def with_reference(self, batch: Batch) -> Batch:
+        """The batch with the reference's log-probs, unless nothing compares with a reference."""
+        if self._cache is not None:
+            return batch.replace(ref_logprobs=self._cache.look_up(batch))
+        if self.reference is not None:
+            return batch.replace(ref_logprobs=self.reference.score(batch))
+        return batch
+
+    # -- the loop's side: updates ----------------------------------------------------------------------------------
+
+    def minibatches(self, batch: Batch, *, by_groups: bool) -> Iterator[Batch]:
+        """The step's optimiser steps: every pass over the batch, cut into trainer.minibatches_per_step."""
         trainer = self.recipe.trainer
-        if trainer.minibatches_per_step * trainer.passes_per_step == 1:
-            return None
-        return self.actor.score(batch)
+        for _ in range(trainer.passes_per_step):
+            yield from split_minibatches(batch, trainer.minibatches_per_step, by_groups=by_groups)
+
+    def moved_enough(self, updates: Sequence[UpdateStats]) -> bool:
+        """Whether the policy is further from the old one than algorithm.early_stop_kl allows."""
+        limit = self.recipe.algorithm.early_stop_kl
+        if limit is None or not updates or updates[-1].empty:
+            return False
+        return update_metrics(updates[-1:]).get("policy/approx_kl", 0.0) > limit
+
+    def update(self, batch: Batch, loss: str) -> UpdateStats:
+        """One optimiser step of the actor; counts skipped ones and stops the run after too many bad ones in a row.
+
+        An empty step (no token in its loss) is skipped and counted too, but is no sign of a broken model: it neither
+        lengthens nor ends a row of steps whose loss or gradient was not finite.
+        """
+        parts, changing = [(batch, loss)], {}
+        if loss == "policy":
+            changing["kl_coef"] = self.progress.kl_coef
+            if self.ptx_data is not None:
+                parts.append((make_sft_batch(self.ptx_rows(self.progress.version + self.progress.skipped)), "ptx"))
+        stats = self.actor.update(*parts, **changing)
+        self.progress.version += not stats.skipped
+        self.progress.skipped_in_a_row = self._note(stats, "actor", self.progress.skipped_in_a_row)
+        return stats
+
+    def update_critic(self, batch: Batch) -> UpdateStats:
+        """One optimiser step of the critic, counted like the actor's."""
+        stats, before = self.critic.update(batch), self.progress.critic_skipped_in_a_row
+        self.progress.critic_skipped_in_a_row = self._note(stats, "critic", before)
+        return stats
+
+    def _note(self, stats: UpdateStats, role: str, in_a_row: int) -> int:
+        """Say what is wrong with an update. Returns the role's bad ones in a row, of which `in_a_row` came before."""
+        if stats.unchanged:
+            shown = ", ".join(stats.unchanged[:5]) + (", ..." if len(stats.unchanged) > 5 else "")
+            self.tracker.warn(
+                f"{len(stats.unchanged)} trained tensors of the {role} did not move in its first updates: {shown}"
+            )
+        if not stats.skipped:
+            return 0
+        self.progress.skipped += 1
+        self._say_skipped(stats)
+        in_a_row += not stats.empty
+        limit = self.recipe.trainer.max_skipped_steps
+        if in_a_row >= limit:
+            raise TrainingStopped(
+                f"{in_a_row} updates of the {role} in a row had a non-finite loss or gradient (trainer.max_skipped_steps="
+                f"{limit}); the last good state is in {self.checkpoints}. Lower trainer.lr or look at the samples of this step"
+            )
+        return in_a_row
+
+    def _say_skipped(self, stats: UpdateStats) -> None:
+        why = "no token counts in its loss" if stats.empty else "its loss or gradient was not finite"
+        step = self.offset + self.progress.step + 1
+        self.tracker.recurring(step, f"update skipped, no weight has moved: {why}")
+
+    # -- the loop's side: weights ----------------------------------------------------------------------------------
 
     def publish(self) -> None:
         """Bring the rollout engines to the actor's weights."""
         if self.sampler is None or self._published == self.progress.version:
             return
         with self.clock.phase("publish"):
-            publish(self.actor.group, self.sampler.group, version=self.progress.version, runtime=self.recipe.runtime)
-        self._published = self.progress.version
-
-    def update(self, batch: Batch, loss: str) -> UpdateStats:
-        """One optimiser step of the actor; counts skipped ones and stops the run after too many in a row."""
-        stats = self.actor.update(batch, loss)
-        p, limit = self.progress, self.recipe.trainer.max_skipped_steps
-        if stats.skipped:
-            p.skipped, p.skipped_in_a_row = p.skipped + 1, p.skipped_in_a_row + 1
-        else:
-            p.version, p.skipped_in_a_row = p.version + 1, 0
-        if p.skipped_in_a_row >= limit:
-            raise TrainingStopped(
-                f"{p.skipped_in_a_row} updates in a row had a non-finite loss or gradient (trainer.max_skipped_steps="
-                f"{limit}); the last good state is in {self.checkpoints}. Lower trainer.lr or look at the samples of this step"
+            report = publish(
+                self.actor.group, self.sampler.group, version=self.progress.version, runtime=self.recipe.runtime
             )
-        return stats
+        self._published = self.progress.version
+        self._timings["perf/published_bytes"] = float(report.bytes)
+
+    def refresh_reference(self, step: int) -> None:
+        """Move the reference towards the actor where `reference.update_every` says so."""
+        config = self.recipe.reference
+        if config.update_every is None or (step + 1) % config.update_every:
+            return
+        source, target = self.actor.group, self.reference.group
+        with self.clock.phase("reference_update"):
+            if source is not target:
+                target.call("before_mix")
+                publish(
+                    source, target, version=self.progress.version, runtime=self.recipe.runtime, role="reference"
+                )
+            target.call("mix_reference", config.update_mix, beside_actor=source is target)
+
+    # -- the loop's side: numbers ----------------------------------------------------------------------------------
 
     def track(
-        self, step: int, *, batch: Batch, updates: Sequence[UpdateStats], rollouts: Sequence[Rollout] | None = None
+        self,
+        step: int,
+        *,
+        updates: Sequence[UpdateStats],
+        batch: Batch | None,
+        rollouts: Sequence[Rollout] | None = None,
+        critic_updates: Sequence[UpdateStats] = (),
     ) -> None:
         """Note the step's numbers; they are written after a possible evaluation."""
-        self._metrics |= update_metrics(updates) | {
+        self._metrics |= update_metrics(updates) | update_metrics(critic_updates, role="value")
+        self._metrics |= {
             "robust/skipped_steps": float(self.progress.skipped),
             "robust/bad_rows": float(self.data.counts["bad_rows"]),
         }
-        self._timings["train_tokens"] = float(batch.attention_mask.sum())
+        if batch is not None:
+            self._timings["train_tokens"] = float(batch.attention_mask.sum())
         if rollouts is not None:
-            before = self.progress.version - sum(not u.skipped for u in updates)
-            self._metrics |= rollout_metrics(rollouts, version=before) | self.scorer.stats
-            self._metrics |= advantage_metrics(batch) | {
-                "rollout/masked_frac": 1.0 - batch.num_loss_sequences / len(batch),
-                "weights/version": float(self.progress.version),
-            }
-            self._timings["rollout_tokens"] = float(sum(len(r.response_ids) for r in rollouts))
-            self.tracker.samples(self.offset + step + 1, self.name, rollouts)
+            self._track_rollouts(step, rollouts, batch, updates)
+        self._adapt_kl(len(rollouts or ()))
+
+    def _track_rollouts(
+        self, step: int, rollouts: Sequence[Rollout], batch: Batch | None, updates: Sequence[UpdateStats]
+    ) -> None:
+        before = self.progress.version - sum(not u.skipped for u in updates)
+        self._metrics |= rollout_metrics(rollouts, version=before) | (self.scorer.stats if self.scorer else {})
+        self._metrics["weights/version"] = float(self.progress.version)
+        if batch is not None and batch.advantages is not None:
+            self._metrics |= advantage_metrics(batch)
+        if batch is not None:
+            self._metrics["rollout/masked_frac"] = 1.0 - batch.num_loss_sequences / len(batch)
+        self._timings["rollout_tokens"] = float(sum(len(r.response_ids) for r in rollouts))
+        masked = [why_masked(r, mask_truncated=self.recipe.algorithm.mask_truncated) for r in rollouts]
+        masked = masked if self.scorer is not None else [None] * len(rollouts)
+        self.tracker.samples(self.offset + step + 1, self.name, rollouts, masked=masked)
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Add numbers to the step's record."""
+        self._metrics |= metrics
+
+    def _adapt_kl(self, num_samples: int) -> None:
+        algorithm = self.recipe.algorithm
+        if algorithm.kl_target is None or "policy/kl_ref" not in self._metrics:
+            return
+        mean_tokens = self._metrics["rollout/response_tokens_mean"]
+        self._metrics["policy/kl_coef"] = self.progress.kl_coef
+        adapt = bind(adaptive_kl_coef, algorithm, num_samples=num_samples)
+        self.progress.kl_coef = adapt(self.progress.kl_coef, self._metrics["policy/kl_ref"] * mean_tokens)
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
@@ -173,19 +370,42 @@ class Stage:
         return self.folder / "checkpoints"
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: the actor's state and the position."""
-        self.actor.group.call("load", str(checkpoint.path))
+        """Go on from a checkpoint: the models' state and the position."""
+        for group in self._trained_groups():
+            group.call("load", str(checkpoint.path))
         self.progress = Progress(**checkpoint.meta["progress"])
 
-    def _evaluate(self) -> None:
-        if not self.eval_sets:
-            return
-        self.publish()
-        for name, prompts in self.eval_sets.items():
+    def _trained_groups(self) -> list[Any]:
+        """The groups that hold state which changes, each once."""
+        roles = [self.actor, self.critic]
+        if self.recipe.reference.update_every is not None:
+            roles.append(self.reference)
+        return list({id(role.group): role.group for role in roles if role is not None}.values())
+
+    def _evaluate(self, eval_sets: Mapping[str, Any]) -> None:
+        if eval_sets:
+            self.publish()
+        for name, prompts in eval_sets.items():
             metrics, _ = evaluate(
                 name, prompts, self.sampler, self.scorer, self.recipe.evaluation, params=self.eval_sampling
             )
             self._metrics |= metrics
+        for name, pairs in self.eval_pairs.items():
+            self._metrics |= evaluate_pairs(name, pairs, self)
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Write the model beside the checkpoints if it is the best so far by evaluation.keep_best."""
+        metric = self.recipe.evaluation.keep_best
+        siblings = [m for m in self._metrics if metric and m.startswith(f"{metric.rpartition('/')[0]}/")]
+        if metric is None or not siblings:  # its set was not evaluated now
+            return
+        if metric not in siblings:
+            raise ValueError(f"evaluation.keep_best={metric!r} is no metric of its set; there are {', '.join(siblings)}")
+        value = self._metrics[metric]
+        if self.progress.best is None or value > self.progress.best:
+            self.progress.best = value
+            self.export(self.folder / "model-best")
 
     def _write_record(self) -> None:
         timings = self.clock.take()
@@ -194,8 +414,8 @@ class Stage:
             if tokens and seconds:
                 timings[f"perf/{kind}_tokens_per_s"] = tokens / seconds
         if self._metrics:
-            self.tracker.log(self.offset + self.progress.step, self.name, self._metrics, timings)
-        self._metrics = {}
+            self.tracker.log(self.offset + self.progress.step, self.name, self._metrics, timings | self._timings)
+        self._metrics, self._timings = {}, {}
 
     def _save(self) -> None:
         with self.clock.phase("checkpoint"):
@@ -203,7 +423,11 @@ class Stage:
             save_checkpoint(
                 self.checkpoints,
                 step=self.progress.step,
-                write=lambda folder: self.actor.group.call("save", str(folder)),
-                meta={"stage": self.name, "progress": asdict(self.progress), "fingerprint": dict(self.fingerprint)},
+                write=self._write_state,
+                meta={"stage": self.name, "progress": asdict(self.progress), "identity": dict(self.identity)},
                 keep_last=self.recipe.run.keep_last,
             )
+
+    def _write_state(self, folder: Path) -> None:
+        for group in self._trained_groups():
+            group.call("save", str(folder))

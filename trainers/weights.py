@@ -5,6 +5,9 @@ bounded size, never one call per tensor; the receiver checks names, shapes and t
 overwritten and a checksum over what it really holds after the last; in between it is marked dirty and refuses
 to generate. Where both roles live in one group nothing travels and only the version moves.
 
+What never changes (the base model under LoRA) travels once: a receiver that still holds it whole, by the checksum
+of that publish, is sent the trained weights alone from then on. One that is dirty or new gets everything.
+
 Here: the source, the sink, the transports, the checksum. Not here: how whole weights are gathered from their
 shards (`rlhf.trainers.deepspeed_engine`), and what the engine forgets when its weights change
 (`rlhf.rollout`).
@@ -70,13 +73,25 @@ class BucketSpec:
 
 
 @dataclass(frozen=True)
+class WeightPlan:
+    """What one publish sends, in order."""
+
+    buckets: tuple[BucketSpec, ...]
+    base: int | None = None  # checksum of all weights, to be held already; None = sends all
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(bucket.num_bytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True)
 class PublishReport:
     """What one publish moved."""
 
     bytes: int  # sent by the source; 0 where the tensors are shared
     seconds: float
     buckets: int
-    checksum: int | None  # 64 bits over all weights, equal on both sides; None where the tensors are shared
+    checksum: int | None  # 64 bits over what was sent, equal on both sides; None where the tensors are shared
     transport: Transport
 
 
@@ -161,24 +176,31 @@ def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
 class WeightSource:
     """The sending side, on every process of the training group.
 
-    `named_weights` yields (name, whole tensor) in the same order each time. Where weights are sharded it is a
-    collective: every process must go through it, and only rank 0's tensors are read.
+    `named_weights` yields (name, whole tensor) in the same order each time; `named_trained` those that change,
+    None where all do. Where weights are sharded it is a collective: every process must go through it, and only
+    rank 0's tensors are read.
     """
 
-    def __init__(self, named_weights: NamedWeights, *, rank: int) -> None:
-        self._named_weights = named_weights
+    def __init__(
+        self, named_weights: NamedWeights, *, rank: int, named_trained: NamedWeights | None = None
+    ) -> None:
+        self._named_weights, self._named_trained = named_weights, named_trained
         self.rank = rank
-        self._plan: list[BucketSpec] | None = None
-        self._bucket_bytes = 0
+        self.base: int | None = None  # checksum of all weights as last sent whole; None if nothing is frozen
+        self._plan: WeightPlan | None = None
+        self._known: dict[tuple[int, bool], tuple[BucketSpec, ...]] = {}  # by bucket size and "everything"
         self._stream: Iterator[torch.Tensor] | None = None
         self._next = 0
         self._checksum: int | None = None
 
-    def export_plan(self, bucket_bytes: int) -> list[BucketSpec]:
-        """What the buckets will hold. Gathered once and kept: shapes do not change during a run."""
-        if self._plan is None or bucket_bytes != self._bucket_bytes:
-            self._plan = plan_buckets([_spec(name, t) for name, t in self._named_weights()], bucket_bytes)
-            self._bucket_bytes = bucket_bytes
+    def export_plan(self, bucket_bytes: int, base: int | None = None) -> WeightPlan:
+        """What the next round of buckets will hold: everything, or what may have changed since `base`, the
+        checksum of a whole publish. Gathered once and kept: shapes do not change during a run."""
+        key = (bucket_bytes, base is None)
+        if key not in self._known:
+            named = self._named_weights if base is None else self._named_trained
+            self._known[key] = tuple(plan_buckets([_spec(name, t) for name, t in named()], bucket_bytes))
+        self._plan = WeightPlan(self._known[key], base)
         return self._plan
 
     def export_bucket(self, index: int) -> torch.Tensor | None:
@@ -190,7 +212,7 @@ class WeightSource:
             raise ValueError(f"bucket {index} asked for, {self._next} is next; export them in order from 0")
         bucket = next(self._stream)
         self._next += 1
-        if self._next == len(self._plan):
+        if self._next == len(self._plan.buckets):
             next(
                 self._stream, None
             )  # runs to the end: the last gathered tensor is released, the checksum is set
@@ -212,10 +234,11 @@ class WeightSource:
         """One flat buffer after another. Every rank consumes the weights; rank 0 copies them."""
         assert self._plan is not None, "export_plan comes before export_bucket"
         self._checksum = None
+        whole = self._plan.base is None
         total = 0
-        weights = iter(self._named_weights())
+        weights = iter(self._named_weights() if whole else self._named_trained())
         spec, data = None, None
-        for bucket in self._plan:
+        for bucket in self._plan.buckets:
             flat = None
             for piece in bucket.pieces:
                 if piece.start == 0:
@@ -233,6 +256,8 @@ class WeightSource:
             if tensor.numel():
                 raise WeightSyncError(f"weight {name!r} came after the last one that was planned")
         self._checksum = total
+        if whole and self._named_trained is not None:
+            self.base = total
 
     @staticmethod
     def _take(
@@ -258,9 +283,21 @@ class WeightSink:
     def __init__(self, model: torch.nn.Module) -> None:
         # tied weights have several names and one storage: any of their names may arrive
         self._params = dict(model.named_parameters(remove_duplicate=False))
-        self._plan: Sequence[BucketSpec] | None = None
+        self._plan: WeightPlan | None = None
         self._pending: int | None = None
+        self._base: int | None = None
+        self._copied = False
         self.version: int | None = None  # None = as loaded, nothing published yet
+
+    @property
+    def base(self) -> int | None:
+        """Checksum of the last weights that came whole and were verified; None while anything is half written."""
+        return self._base if self._pending is None else None
+
+    @property
+    def has_copied(self) -> bool:
+        """Whether all weights came by `copy_from`, and none is half written."""
+        return self._copied and self._pending is None
 
     def check_clean(self) -> None:
         """Raise unless the weights are whole."""
@@ -270,15 +307,22 @@ class WeightSink:
                 "publish again before generating"
             )
 
-    def begin_weights(self, version: int, plan: Sequence[BucketSpec]) -> None:
-        """Check that the plan covers this model exactly, then mark the weights dirty."""
+    def begin_weights(self, version: int, plan: WeightPlan) -> None:
+        """Check that the plan, with what is held already, covers this model exactly; then mark the weights dirty."""
+        if plan.base is not None and plan.base != self.base:
+            raise WeightSyncError(
+                f"version {version} comes without the weights that do not change, which the receiver does not hold "
+                "whole; publish everything first"
+            )
         self._check_plan(plan)
         self._plan, self._pending = plan, version
+        if plan.base is None:
+            self._base = None
 
     def load_bucket(self, index: int, data: torch.Tensor | np.ndarray) -> None:
         """Copy one bucket's bytes into the parameters."""
         assert self._plan is not None and self._pending is not None, "begin_weights comes before load_bucket"
-        bucket = self._plan[index]
+        bucket = self._plan.buckets[index]
         assert len(data) == bucket.num_bytes, (
             f"bucket {index} has {len(data)} bytes, planned {bucket.num_bytes}"
         )
@@ -299,13 +343,14 @@ class WeightSink:
                 f"the sender sent {checksum:016x}; nothing is generated from them"
             )
         self.version, self._pending = version, None
+        if self._plan.base is None:
+            self._base = checksum
 
-    def copy_from(
-        self, named_weights: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None
-    ) -> int:
-        """Take whole weights that are in this same process; returns the bytes copied. For a group that trains
-        and samples while its trained weights are split over the processes."""
-        self._pending = -1 if version is None else version
+    def copy_from(self, named_weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> int:
+        """Take weights that are in this same process; returns the bytes copied. For a group that trains and
+        samples while its trained weights are split over the processes. The first time, and after a copy that
+        failed, they must be all of them."""
+        whole, self._pending = not self.has_copied, version
         seen: set[int] = set()
         copied = 0
         for name, tensor in named_weights:
@@ -313,25 +358,27 @@ class WeightSink:
             self._params[name].data.copy_(tensor.detach())
             seen.add(self._params[name].data_ptr())
             copied += tensor.numel() * tensor.element_size()
-        self._check_covered(seen)
-        self.version, self._pending = version, None
+        if whole:
+            self._check_covered(seen)
+        self.version, self._pending, self._copied = version, None, True
         return copied
 
     def held_checksum(self) -> int:
         """Checksum of the parameters as they are, in the plan's order."""
         total = 0
-        for bucket in self._plan or ():
+        for bucket in self._plan.buckets if self._plan is not None else ():
             for piece in bucket.pieces:
                 if piece.start == 0:
                     held = tensor_checksum(self._params[piece.tensor.name].data)
                     total = combine_checksums(total, piece.tensor, held)
         return total
 
-    def _check_plan(self, plan: Sequence[BucketSpec]) -> None:
-        tensors = {piece.tensor.name: piece.tensor for bucket in plan for piece in bucket.pieces}
+    def _check_plan(self, plan: WeightPlan) -> None:
+        tensors = {piece.tensor.name: piece.tensor for bucket in plan.buckets for piece in bucket.pieces}
         for tensor in tensors.values():
             self._check_tensor(tensor)
-        self._check_covered({self._params[name].data_ptr() for name in tensors})
+        if plan.base is None:
+            self._check_covered({self._params[name].data_ptr() for name in tensors})
 
     def _check_tensor(self, sent: TensorSpec) -> None:
         if sent.name not in self._params:
@@ -429,14 +476,31 @@ class WeightMethods:
     """
 
     _source: WeightSource | None = None
-    _sink: WeightSink | None = None
+    _sinks: dict[str, WeightSink]  # by the role whose weights they are
+    _aimed: str = "rollout"  # the role that the publish in progress is for
     _channel: WeightChannel | None = None
 
     def set_version(self, version: int) -> None:
         raise NotImplementedError
 
-    def export_plan(self, bucket_bytes: int) -> list[BucketSpec]:
-        return self._source.export_plan(bucket_bytes)
+    @property
+    def _sink(self) -> WeightSink:
+        return self._sinks[self._aimed]
+
+    def aim_weights(self, role: str) -> None:
+        """The next publish is for this role."""
+        self._aimed = role
+
+    def published_base(self) -> int | None:
+        """Of the source: the checksum under which everything was last sent whole; None if nothing is frozen."""
+        return self._source.base
+
+    def held_base(self) -> int | None:
+        """Of the target: the checksum under which everything last arrived whole; None if it is dirty or new."""
+        return self._sink.base
+
+    def export_plan(self, bucket_bytes: int, base: int | None) -> WeightPlan:
+        return self._source.export_plan(bucket_bytes, base)
 
     def export_bucket(self, index: int) -> np.ndarray | None:
         """Bytes on the host, or None on ranks other than 0."""
@@ -446,7 +510,7 @@ class WeightMethods:
     def export_checksum(self) -> int | None:
         return self._source.export_checksum() if self._source.rank == 0 else None
 
-    def begin_weights(self, version: int, plan: Sequence[BucketSpec]) -> None:
+    def begin_weights(self, version: int, plan: WeightPlan) -> None:
         self._sink.begin_weights(version, plan)
 
     def load_bucket(self, index: int, data: np.ndarray) -> None:
@@ -454,7 +518,8 @@ class WeightMethods:
 
     def end_weights(self, version: int, checksum: int) -> None:
         self._sink.end_weights(version, checksum)
-        self.set_version(version)
+        if self._aimed == "rollout":
+            self.set_version(version)
 
     # -- collective transport --------------------------------------------------------------------------------
 
@@ -495,10 +560,10 @@ class WeightMethods:
         if sending is not None:
             sending.wait()
 
-    def receive_weights(self, plan: Sequence[BucketSpec]) -> None:
+    def receive_weights(self, plan: WeightPlan) -> None:
         """Bucket i is copied into the parameters while bucket i + 1 arrives."""
         arriving: list[tuple[int, torch.Tensor, Any]] = []
-        for bucket in plan:
+        for bucket in plan.buckets:
             data = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._channel.device)
             arriving.append((bucket.index, data, self._channel.broadcast(data)))
             if len(arriving) == 2:
@@ -512,27 +577,36 @@ class WeightMethods:
         self._sink.load_bucket(index, data)
 
 
-def publish(source: Group, target: Group, *, version: int, runtime: RuntimeConfig) -> PublishReport:
-    """Bring the target's weights to the source's, as `version`, on every process of the target.
+def publish(
+    source: Group, target: Group, *, version: int, runtime: RuntimeConfig, role: str = "rollout"
+) -> PublishReport:
+    """Bring the weights of the target's `role` to the source's, as `version`, on every process of the target.
 
     Returns when the target has verified them. If it raises, the target is dirty and refuses to generate until
-    a later publish succeeds. Transports: shared (one group: nothing moves), object_store (through calls; the
+    a later publish, of everything, succeeds. Transports: shared (one group: nothing moves), object_store (through calls; the
     controller never touches the bytes), collective (a broadcast between the processes).
     """
     start = time.perf_counter()
-    transport = choose_transport(source, target, runtime)
+    # A channel joins the trainer with the engines only; what is sent to another role is sent rarely.
+    transport = choose_transport(source, target, runtime) if role == "rollout" else "object_store"
     if transport == "shared":
         fault_point("publish.mid")
         target.call("set_version", version)
         return PublishReport(0, time.perf_counter() - start, 0, None, transport)
-    plan = source.call("export_plan", runtime.bucket_mb << 20)[0]
+    target.call("aim_weights", role)
+    plan = source.call("export_plan", runtime.bucket_mb << 20, _common_base(source, target))[0]
     target.call("begin_weights", version, plan)
     move = _through_calls if transport == "object_store" else _through_broadcast
     move(source, target, plan, runtime)
     total = source.call("export_checksum")[0]
     target.call("end_weights", version, total)
-    num_bytes = sum(bucket.num_bytes for bucket in plan)
-    return PublishReport(num_bytes, time.perf_counter() - start, len(plan), total, transport)
+    return PublishReport(plan.num_bytes, time.perf_counter() - start, len(plan.buckets), total, transport)
+
+
+def _common_base(source: Group, target: Group) -> int | None:
+    """The checksum of whole weights that the source has sent and every process of the target still holds."""
+    sent = source.call("published_base")[0]
+    return sent if sent is not None and set(target.call("held_base")) == {sent} else None
 
 
 def choose_transport(source: Group, target: Group, runtime: RuntimeConfig) -> Transport:
@@ -546,28 +620,26 @@ def choose_transport(source: Group, target: Group, runtime: RuntimeConfig) -> Tr
     return "collective" if source.device == target.device == "cuda" else "object_store"
 
 
-def _through_calls(source: Group, target: Group, plan: Sequence[BucketSpec], runtime: RuntimeConfig) -> None:
+def _through_calls(source: Group, target: Group, plan: WeightPlan, runtime: RuntimeConfig) -> None:
     """Bucket i is loaded while bucket i + 1 is packed; at most two exist at a time."""
     exported = source.start("export_bucket", 0)
     loading: Pending | None = None
-    for bucket in plan:
+    for bucket in plan.buckets:
         exported.check()
         if loading is not None:
             loading.wait()
-        if bucket.index == len(plan) // 2:
+        if bucket.index == len(plan.buckets) // 2:
             fault_point("publish.mid")
         loading = target.start("load_bucket", bucket.index, exported.handle(0))
-        if bucket.index + 1 < len(plan):
+        if bucket.index + 1 < len(plan.buckets):
             exported = source.start("export_bucket", bucket.index + 1)
     loading.wait()
 
 
-def _through_broadcast(
-    source: Group, target: Group, plan: Sequence[BucketSpec], runtime: RuntimeConfig
-) -> None:
+def _through_broadcast(source: Group, target: Group, plan: WeightPlan, runtime: RuntimeConfig) -> None:
     if not (source.call("has_channel")[0] and target.call("has_channel")[0]):
         _connect(source, target, runtime)
-    sent = source.start("send_weights", len(plan))
+    sent = source.start("send_weights", len(plan.buckets))
     received = target.start("receive_weights", plan)
     fault_point("publish.mid")
     _wait_together([received, sent], runtime.call_timeout_s)

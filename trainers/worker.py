@@ -7,9 +7,10 @@ controller's process or in a Ray actor. Here: the methods and what each role nee
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ import transformers
 
 from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
-from rlhf.logprobs import batch_logprobs
-from rlhf.losses import Sums, policy_loss, sft_loss
+from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
+from rlhf.models.scalar import is_scalar_model, load_scalar_model
 from rlhf.process import ProcessInfo
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.rules import SCORING_MODELS
+from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig, TrainerConfig
 from rlhf.records import Batch
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
+from rlhf.trainers.forward import loss_function
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
-
-TENSORS_FILE = "trainer.safetensors"
-SCALARS_FILE = "trainer.json"
+from rlhf.values import batch_rewards, batch_values
 
 
 class Worker(WeightMethods):
@@ -52,44 +53,89 @@ class Worker(WeightMethods):
     ) -> None:
         init_process(info, threads=threads, timeout_s=recipe.runtime.call_timeout_s)
         transformers.utils.logging.disable_progress_bar()  # the terminal has bars of its own
-        self.info, self.recipe = info, recipe
+        self.info, self.recipe, self._total_updates = info, recipe, total_updates
         self.tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
         self._model_object = model
-        self.actor: TrainingEngine | None = None
-        self.reference: torch.nn.Module | None = None
+        self._trained: dict[str, TrainingEngine] = {}  # actor, critic
+        self._frozen: dict[str, torch.nn.Module] = {}  # reference, reward, teacher
+        self._sinks = {}  # rollout, reference: where they are copies
         self.engine: Engine | None = None
-        if "actor" in roles:
-            self.actor = TrainingEngine(
-                self._load(trainable=True),
-                recipe.trainer,
-                dtype=recipe.model.dtype,
-                total_updates=total_updates,
-                info=info,
-            )
-            # Unmerged: a rollout group builds the same model, adapters included, and holds the same bits.
-            self._source = WeightSource(lambda: self.actor.named_full_weights(merged=False), rank=info.rank)
-        if "reference" in roles:
-            self.reference = self._load(trainable=False)
-        if "rollout" in roles:
-            self._make_rollout()
+        make = {
+            "actor": self._make_actor,
+            "critic": self._make_critic,
+            "reference": self._make_reference,
+            "reward": self._make_reward,
+            "teacher": self._make_teacher,
+            "rollout": self._make_rollout,
+        }
+        for role in make:  # in this order: a later role may share an earlier one's weights
+            if role in roles:
+                make[role]()
 
-    def _load(self, *, trainable: bool) -> torch.nn.Module:
-        return load_model(
-            self.recipe.model,
-            self.tokenizer,
-            seed=self.recipe.run.seed,
-            device=self.info.device,
-            trainable=trainable,
-            model=self._model_object,
-            invariant=self.recipe.runtime.deterministic,
+    # -- making the roles ------------------------------------------------------------------------------------------
+
+    @property
+    def actor(self) -> TrainingEngine | None:
+        return self._trained.get("actor")
+
+    def _make_actor(self) -> None:
+        recipe = self.recipe
+        scores = recipe.method in SCORING_MODELS
+        model = self._scalar(recipe.model, head="new", trainable=True) if scores else self._causal(trainable=True)
+        actor = self._trained["actor"] = self._training(model, recipe.trainer)
+        # Unmerged: a rollout group builds the same model, adapters included, and holds the same bits.
+        self._source = WeightSource(
+            lambda: actor.named_full_weights(merged=False),
+            rank=self.info.rank,
+            named_trained=(
+                (lambda: actor.named_full_weights(trained_only=True)) if actor.has_frozen_weights else None
+            ),
         )
+
+    def _make_critic(self) -> None:
+        """From a reward model where there is one (its head says what is good), else from the actor's start."""
+        recipe = self.recipe
+        path = recipe.critic.path or (recipe.reward_model.path if recipe.reward_model else None)
+        config = _other_model(recipe.model, path)
+        head = "load" if path is not None and is_scalar_model(config) else "zero"
+        own = {"lr": recipe.critic.lr, "freeze": [], "layer_lr_decay": None, "ema_decay": None, "neftune_alpha": None}
+        model = self._scalar(config, head=head, trainable=True)
+        self._trained["critic"] = self._training(model, recipe.trainer.model_copy(update=own))
+
+    def _make_reference(self) -> None:
+        """With LoRA beside the actor, and where it stays as it is: the actor with its adapters switched off."""
+        recipe = self.recipe
+        apart = recipe.reference.path is not None or recipe.reference.update_every is not None
+        if recipe.model.lora is not None and not apart and self.actor is not None and self.actor.weights_are_whole:
+            return
+        if recipe.reference.path is not None:
+            self._same_tokenizer(recipe.reference.path, "reference.path")
+        moves = recipe.reference.update_every is not None
+        model = self._causal(
+            _other_model(recipe.model, recipe.reference.path),
+            trainable=moves and recipe.model.lora is not None,  # then it has the actor's adapters, to be updated
+        )
+        self._frozen["reference"] = model
+        if moves:
+            self._sinks["reference"] = WeightSink(model)
+
+    def _make_reward(self) -> None:
+        path = self.recipe.reward_model.path
+        self._same_tokenizer(path, "reward_model.path")
+        self._frozen["reward"] = self._scalar(_other_model(self.recipe.model, path), head="load", trainable=False)
+
+    def _make_teacher(self) -> None:
+        path = self.recipe.teacher.path
+        self._same_tokenizer(path, "teacher.path")
+        self._frozen["teacher"] = self._causal(_other_model(self.recipe.model, path), trainable=False)
 
     def _make_rollout(self) -> None:
         """The engine runs the actor's own tensors where they are whole, else a copy that publishing keeps equal."""
         shared = self.actor is not None and self.actor.weights_are_whole
         # A copy has the actor's structure, adapters included, so that both compute the same bits.
-        model = self.actor.module if shared else self._load(trainable=self.recipe.model.lora is not None)
-        self._sink = None if shared else WeightSink(model)
+        model = self.actor.module if shared else self._causal(trainable=self.recipe.model.lora is not None)
+        if not shared:
+            self._sinks["rollout"] = WeightSink(model)
         r = self.recipe.rollout
         config = EngineConfig(
             page_tokens=r.page_tokens,
@@ -100,14 +146,67 @@ class Worker(WeightMethods):
         )
         self.engine = Engine(model, config)
 
+    def _training(self, model: torch.nn.Module, config: TrainerConfig) -> TrainingEngine:
+        return TrainingEngine(
+            model,
+            config,
+            dtype=self.recipe.model.dtype,
+            total_updates=self._total_updates,
+            info=self.info,
+            seed=self.recipe.run.seed,
+        )
+
+    def _causal(self, config: ModelConfig | None = None, *, trainable: bool) -> torch.nn.Module:
+        own = config is None or config == self.recipe.model
+        return load_model(
+            config or self.recipe.model,
+            self.tokenizer,
+            trainable=trainable,
+            model=self._model_object if own else None,
+            **self._options(),
+        )
+
+    def _scalar(self, config: ModelConfig, *, head: str, trainable: bool) -> torch.nn.Module:
+        own = config == self.recipe.model
+        return load_scalar_model(
+            config,
+            self.tokenizer,
+            head=head,
+            trainable=trainable,
+            model=self._model_object if own else None,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "seed": self.recipe.run.seed,
+            "device": self.info.device,
+            "invariant": self.recipe.runtime.deterministic,
+        }
+
+    def _same_tokenizer(self, path: str, key: str) -> None:
+        """Raise ValueError unless the model at `path` reads tokens as this run writes them."""
+        other = load_tokenizer(ModelConfig(path=path), TokenizerConfig())
+        own, theirs = self.tokenizer.get_vocab(), other.get_vocab()
+        if own != theirs:
+            example = next(t for t in sorted(own.keys() | theirs.keys()) if own.get(t) != theirs.get(t))
+            raise ValueError(
+                f"{key}={path} has another tokenizer than the model that is trained: token {example!r} is number "
+                f"{theirs.get(example)} there and {own.get(example)} here; use a model with the same vocabulary"
+            )
+
     # -- every role ----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the log: number of parameters and of trained ones, exactness of the engine on this machine."""
-        model = self.actor.module if self.actor else self.reference if self.reference is not None else self.engine.model
+        """Facts: number of parameters, bytes of a checkpoint and of the model, exactness of the engine here."""
+        models = [t.module for t in self._trained.values()] or [*self._frozen.values()]
+        parameters = list((models[0] if models else self.engine.model).parameters())
+        sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parameters]
         facts: dict[str, Any] = {
             "device": self.info.device,
-            "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters()),
+            "parameters": sum(sizes),
+            "model_bytes": sum(n * p.element_size() for n, p in zip(sizes, parameters, strict=True)),
+            "checkpoint_bytes": sum(t.state_bytes for t in self._trained.values()),
         }
         if self.engine is not None:
             facts["exactness"] = probe_exactness(self.engine.model)
@@ -121,8 +220,8 @@ class Worker(WeightMethods):
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of every request, in their order."""
-        if self._sink is not None:
-            self._sink.check_clean()
+        if "rollout" in self._sinks:
+            self._sinks["rollout"].check_clean()
         self.engine.wake()
         completions = self.engine.generate(requests)
         if self.info.device != "cpu" and self.actor is not None:
@@ -132,7 +231,7 @@ class Worker(WeightMethods):
     def rollout_stats(self) -> dict[str, float]:
         return dict(self.engine.stats)
 
-    # -- actor and reference -------------------------------------------------------------------------------------
+    # -- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs of the response tokens under the actor, (B, T) fp32 on the CPU for each micro-batch."""
@@ -140,44 +239,83 @@ class Worker(WeightMethods):
 
     def score_reference(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs of the response tokens under the reference, (B, T) fp32 on the CPU for each micro-batch."""
-        return self._logprobs(self.reference, micro_batches)
+        if "reference" in self._frozen:
+            return self._logprobs(self._frozen["reference"], micro_batches)
+        with self.actor.module.disable_adapter():
+            return self._logprobs(self.actor.module, micro_batches)
+
+    def score_teacher(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Log-probs of the response tokens under the teacher, (B, T) fp32 on the CPU for each micro-batch."""
+        return self._logprobs(self._frozen["teacher"], micro_batches)
+
+    def score_values(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """The critic's values, (B, T) fp32 on the CPU for each micro-batch."""
+        return self._each(micro_batches, lambda micro: batch_values(self._trained["critic"].module, micro))
+
+    def score_rewards(self, micro_batches: Sequence[Batch], role: str) -> list[torch.Tensor]:
+        """Scores of whole responses, (B,) fp32 on the CPU for each micro-batch; `role` is "reward" or "actor"."""
+        model = self._frozen["reward"] if role == "reward" else self.actor.module
+        return self._each(micro_batches, lambda micro: batch_rewards(model, micro))
+
+    def teacher_top(self, micro_batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The teacher's likeliest tokens at every loss token: (B, T, K) ids and their log-probs, on the CPU."""
+        d, found = self.recipe.distill, []
+        for micro in micro_batches:
+            with torch.no_grad():
+                ids, logprobs = batch_top_logprobs(
+                    self._frozen["teacher"],
+                    micro.to(self.info.device),
+                    targets=micro.loss_mask.to(self.info.device),
+                    temperature=d.temperature,
+                    top_k=d.top_k,
+                )
+            found.append((ids.cpu(), logprobs.cpu()))
+        return found
 
     def _logprobs(self, model: torch.nn.Module, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        temperature = self.recipe.policy_temperature
+        return self._each(micro_batches, lambda micro: batch_logprobs(model, micro, temperature=temperature)[0])
+
+    def _each(
+        self, micro_batches: Sequence[Batch], score: Callable[[Batch], torch.Tensor]
+    ) -> list[torch.Tensor]:
         scores = []
         with torch.no_grad():
             for micro in micro_batches:
                 # Under ZeRO-3 every process takes part in every forward, one without rows too.
                 on_device = (micro if len(micro) else stand_in(micro)).to(self.info.device)
-                logprobs, _ = batch_logprobs(model, on_device, temperature=self.recipe.rollout.temperature)
-                scores.append(logprobs[: len(micro)].cpu())
+                scores.append(score(on_device)[: len(micro)].cpu())
         return scores
 
-    def update(self, micro_batches: Sequence[Batch], loss: str) -> UpdateStats:
-        """One optimiser step on this process's share. `loss` is "policy" or "sft"."""
-        loss_fn = {"policy": self._policy_loss, "sft": self._sft_loss}[loss]
-        moved = [micro.to(self.info.device) for micro in micro_batches]
-        return self.actor.update(moved, loss_fn)
+    # -- training ------------------------------------------------------------------------------------------------
 
-    def _policy_loss(self, model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, Sums]:
-        a = self.recipe.algorithm
-        logprobs, entropy = batch_logprobs(model, micro, temperature=self.recipe.rollout.temperature, entropy=True)
-        return policy_loss(
-            micro,
-            logprobs,
-            entropy,
-            objective=a.objective,
-            aggregation=a.aggregation,
-            clip_low=a.clip_low,
-            clip_high=a.clip_high,
-            kl_coef=a.kl_coef,
-            kl_estimator=a.kl_estimator,
-            entropy_coef=a.entropy_coef,
-            constant_length=self.recipe.rollout.max_response_tokens,
-        )
+    def update(
+        self, role: str, parts: Sequence[tuple[Batch, str]], changing: Mapping[str, float]
+    ) -> UpdateStats:
+        """One optimiser step of the actor or the critic on this process's share: micro-batches and their losses.
 
-    def _sft_loss(self, model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, Sums]:
-        logprobs, _ = batch_logprobs(model, micro, temperature=1.0)
-        return sft_loss(micro, logprobs)
+        `changing` holds what the policy loss takes from the step and not from the recipe."""
+        micros = [micro.to(self.info.device) for micro, _ in parts]
+        losses = [
+            loss_function(name, self.recipe, **(changing if name == "policy" else {})) for _, name in parts
+        ]
+        return self._trained[role].update(micros, losses)
+
+    def mix_reference(self, mix: float, *, beside_actor: bool) -> None:
+        """Move the reference towards what was published to it, or beside the actor towards the actor itself."""
+        model = self._frozen["reference"]
+        if beside_actor:
+            before = _copy_of(model)
+            weights = self.actor.named_full_weights(merged=False)
+            self._sinks["reference"].copy_from(weights, version=self.actor.version)
+        else:
+            before = self._before_mix
+        _blend(model, before, mix)
+        self._before_mix = {}
+
+    def before_mix(self) -> None:
+        """Remember the reference, which a publish is about to replace."""
+        self._before_mix = _copy_of(self._frozen["reference"])
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -185,33 +323,64 @@ class Worker(WeightMethods):
         """New weights are in place: the engine forgets what it cached under the old ones."""
         if self.engine is None:
             return
-        if self.actor is not None and self._sink is not None:  # same group, but the actor's weights are split
-            self._sink.copy_from(self.actor.named_full_weights(merged=False), version=version)
+        sink = self._sinks.get("rollout")
+        if self.actor is not None and sink is not None:  # same group, but the actor's weights are split
+            rest = sink.has_copied  # what is frozen came with the first copy
+            sink.copy_from(self.actor.named_full_weights(merged=False, trained_only=rest), version=version)
         self.engine.set_version(version)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str) -> None:
-        """Write the actor's whole state into `folder` (collective; process 0 writes)."""
-        tensors, scalars = self.actor.state_dict()
-        if self.info.rank == 0:
-            save_tensors(Path(folder) / TENSORS_FILE, tensors)
-            fault_point("checkpoint.write")
-            (Path(folder) / SCALARS_FILE).write_text(json.dumps(scalars, indent=1))
+        """Write the whole state of every role that changes into `folder` (collective; process 0 writes)."""
+        for role, trained in self._trained.items():
+            tensors, scalars = trained.state_dict()
+            if self.info.rank == 0:
+                save_tensors(Path(folder) / f"{role}.safetensors", tensors)
+                fault_point("checkpoint.write")
+                (Path(folder) / f"{role}.json").write_text(json.dumps(scalars, indent=1))
+        if "reference" in self._sinks and self.info.rank == 0:
+            save_tensors(Path(folder) / "reference.safetensors", _copy_of(self._frozen["reference"]))
 
     def load(self, folder: str) -> None:
-        """Take the actor's whole state from `folder`; another number of processes may have written it."""
-        scalars = json.loads((Path(folder) / SCALARS_FILE).read_text())
-        self.actor.load_state(load_tensors(Path(folder) / TENSORS_FILE), scalars)
+        """Take the state that `save` wrote; another number of processes may have written it."""
+        for role, trained in self._trained.items():
+            scalars = json.loads((Path(folder) / f"{role}.json").read_text())
+            trained.load_state(load_tensors(Path(folder) / f"{role}.safetensors"), scalars)
+        if "reference" in self._sinks:
+            _blend(self._frozen["reference"], load_tensors(Path(folder) / "reference.safetensors"), 0.0)
 
     def export(self, folder: str) -> None:
-        """Write the actor as a Hugging Face folder (collective; process 0 writes)."""
-        weights = dict(self.actor.named_full_weights())
-        if self.info.rank == 0:
-            save_model(self.actor.module, self.tokenizer, folder, weights=weights)
+        """Write the actor, or the moving average of its weights if there is one, as a Hugging Face folder (collective;
+        process 0 writes)."""
+        average = self.recipe.trainer.ema_decay is not None
+        with self.actor.averaged_weights() if average else contextlib.nullcontext():
+            weights = dict(self.actor.named_full_weights())
+            if self.info.rank == 0:
+                save_model(self.actor.module, self.tokenizer, folder, weights=weights)
 
     def close(self) -> None:
-        if self.actor is not None:
-            self.actor.destroy()
-        self.actor = self.reference = self.engine = self._sink = self._source = None
+        for trained in self._trained.values():
+            trained.destroy()
+        self._trained, self._frozen, self._sinks = {}, {}, {}
+        self.engine = self._source = None
         gc.collect()
+
+
+def _other_model(model: ModelConfig, path: str | None) -> ModelConfig:
+    """The recipe's model section for another model beside it: same type and options, other weights, no adapter."""
+    if path is None:
+        return model
+    return ModelConfig(path=path, dtype=model.dtype, gradient_checkpointing=model.gradient_checkpointing)
+
+
+def _copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def _blend(model: torch.nn.Module, before: Mapping[str, torch.Tensor], mix: float) -> None:
+    """model <- mix * model + (1 - mix) * before, in fp32."""
+    for name, p in model.named_parameters():
+        old = before[name].to(p.device, torch.float32)
+        p.copy_(old.lerp(p.float(), mix) if mix else old)

@@ -1,4 +1,5 @@
-"""Data: dataset rows as prompts or as examples to imitate, the built-in tasks, and the position in the data.
+"""Data: dataset rows as prompts, as examples to imitate or as judged answers, the built-in tasks, and the position
+in the data.
 
 `rlhf.data.tasks` and `rlhf.data.cursor` import neither torch nor datasets, so that a recipe can be checked
 first.
@@ -9,12 +10,18 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
+    "LabelDataset": "rlhf.data.preferences",
+    "PreferenceDataset": "rlhf.data.preferences",
     "PromptDataset": "rlhf.data.prompts",
-    "SftDataset": "rlhf.data.prompts",
+    "SftDataset": "rlhf.data.sft",
+    "StepDataset": "rlhf.data.steps",
+    "load_labels": "rlhf.data.preferences",
+    "load_preferences": "rlhf.data.preferences",
     "load_prompts": "rlhf.data.prompts",
-    "load_sft": "rlhf.data.prompts",
+    "load_sft": "rlhf.data.sft",
+    "load_steps": "rlhf.data.steps",
     "num_steps": "rlhf.data.cursor",
-    "step_rows": "rlhf.data.cursor",
+    "rows_from": "rlhf.data.cursor",
 }
 __all__ = sorted(_EXPORTS)
 

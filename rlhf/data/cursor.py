@@ -1,4 +1,4 @@
-"""The position in the data, as a function of the step: nothing to save, nothing to restore.
+"""The order in which rows are visited, as a function of how many were taken before: one number to save.
 
 Not here: the rows themselves (`rlhf.data.prompts`).
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 from rlhf.rng import permutation
 
 
-def step_rows(n: int, *, seed: int, step: int, rows_per_step: int) -> list[int]:
-    """The rows of step `step`, counted from 0, of a dataset of n rows.
+def rows_from(n: int, *, seed: int, position: int, count: int) -> list[int]:
+    """The next `count` rows of a dataset of n rows, of which `position` were taken before.
 
-    The epochs' permutations (`rlhf.rng.permutation`) are laid end to end and cut into steps, so a step may
-    run over the border between two epochs, and may then hold a row twice. Raises ValueError if the dataset is
-    smaller than a step.
+    The epochs' permutations (`rlhf.rng.permutation`) are laid end to end, so the rows may run over the border between
+    two epochs, and may then hold a row twice. Raises ValueError if the dataset has fewer than `count` rows.
     """
-    _check(n, rows_per_step)
-    if step < 0:
-        raise ValueError(f"step={step} is negative; steps count from 0")
+    _check(n, count)
+    if position < 0:
+        raise ValueError(f"position={position} is negative; positions count from 0")
     rows: list[int] = []
-    position, end = step * rows_per_step, (step + 1) * rows_per_step
+    end = position + count
     while position < end:
         epoch, offset = divmod(position, n)
         take = min(n - offset, end - position)

@@ -6,13 +6,17 @@ Not here: turning rows into prompts (`rlhf.data.prompts`) and judging answers (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from rlhf import rng
+from rlhf.recipe.check import rule
+from rlhf.recipe.problems import Fault
 from rlhf.recipe.schema import Fraction, NonNegative, Positive, Section
+from rlhf.recipe.suggest import closest, did_you_mean
 
 _MAX_MISSES = 2000  # draws in a row without a new chain, after which there are taken to be no more
 _WRONG_BY = (-3, -2, -1, 1, 2, 3)
@@ -24,6 +28,11 @@ class ChainArithmetic(Section):
     A row: prompt `7+5-3+9=`, response `7+5=12 12-3=9 9+9=18####18`, answer `18`. The response ends in the
     marker that the gsm8k rule reads; every character is in the default alphabet of a `characters` tokenizer.
     Operands are 1 to max_digit and no intermediate result is negative.
+
+    Every row can also serve as a preference, a judged answer or judged steps. `chosen` is the worked answer, and
+    `rejected` is by turns a wrong guess and an answer with a slip in one of its steps, which the later ones carry on
+    (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two and `label` says whether it is right. `completions`
+    are the steps of the worked answer or of the one with the slip, and `labels` whether the working is right so far.
 
     The splits are disjoint: a hash of the chain alone, the same under every seed, puts a tenth of all chains
     into `eval`. No chain comes twice in one set. A longer set begins with the shorter one of the same
@@ -51,13 +60,23 @@ class ChainArithmetic(Section):
     lazy_frac: Fraction = 0.0
     """Share of training responses that skip the working and guess wrong."""
 
-    def rows(self) -> list[dict[str, str]]:
-        """The rows: {id, prompt, answer, response}. Raises ValueError if there are fewer than `count`
-        chains."""
+    @model_validator(mode="after")
+    def _consistent(self) -> ChainArithmetic:
         if self.lazy_frac and self.split == "eval":
             raise ValueError(
-                f"lazy_frac={self.lazy_frac:g} is for split=train; held-out rows have worked answers only"
+                f"lazy_frac={self.lazy_frac:g} is for split: train; held-out rows have worked answers only"
             )
+        most = self.max_digit**self.terms * len(self.ops) ** (self.terms - 1)
+        if self.count > most:
+            raise ValueError(
+                f"count={self.count}, but terms={self.terms}, max_digit={self.max_digit}, ops={self.ops!r} make {most} "
+                "chains at most; lower count or raise terms"
+            )
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows: {id, prompt, answer, response, chosen, rejected, judged, label, completions, labels}. Raises ValueError if there are fewer than `count`
+        chains."""
         return [self._row(i, chain) for i, chain in enumerate(self._chains())]
 
     def _chains(self) -> list[str]:
@@ -93,25 +112,42 @@ class ChainArithmetic(Section):
             chain += f"{op}{digit}"
         return chain
 
-    def _row(self, index: int, chain: str) -> dict[str, str]:
+    def _row(self, index: int, chain: str) -> dict[str, Any]:
         steps, answer = _work(chain)
+        worked = f"{steps}####{answer}"
+        slip = rng.key(self.seed, "chain_arithmetic slip", index)
+        at, by = slip % (self.terms - 1), _WRONG_BY[slip // self.terms % len(_WRONG_BY)]
+        wrong_steps, wrong_answer = _work(chain, at, by)
+        lazy = f"####{_guess(answer, self.seed, index)}"
+        wrong = lazy if slip // 64 % 2 else f"{wrong_steps}####{wrong_answer}"
+        right = _unit(self.seed, "chain_arithmetic judged", index) < 0.5
         if _unit(self.seed, "chain_arithmetic lazy", index) < self.lazy_frac:
-            response = f"####{_guess(answer, self.seed, index)}"
+            response = lazy
         else:
-            response = f"{steps}####{answer}"
+            response = worked
+        completions = [f"{step} " for step in (steps if right else wrong_steps).split(" ")]
         return {
             "id": f"{self.split}/{index}",
             "prompt": f"{chain}=",
             "answer": str(answer),
             "response": response,
+            "chosen": worked,
+            "rejected": wrong,
+            "judged": worked if right else wrong,
+            "label": right,
+            "completions": completions,
+            "labels": [right or step < at for step in range(len(completions))],
         }
 
 
-def _work(chain: str) -> tuple[str, int]:
-    """("7+5=12 12-3=9", 9) for "7+5-3"."""
+def _work(chain: str, slip_at: int | None = None, slip_by: int = 0) -> tuple[str, int]:
+    """("7+5=12 12-3=9", 9) for "7+5-3"; with a slip, the result of step `slip_at` is off by `slip_by`, or by as much
+    the other way where it would be negative."""
     total, steps = int(chain[0]), []
-    for op, digit in zip(chain[1::2], chain[2::2], strict=True):
+    for step, (op, digit) in enumerate(zip(chain[1::2], chain[2::2], strict=True)):
         result = total + int(digit) if op == "+" else total - int(digit)
+        if step == slip_at:
+            result = result + slip_by if result + slip_by >= 0 else result - slip_by
         steps.append(f"{total}{op}{digit}={result}")
         total = result
     return " ".join(steps), total
@@ -132,23 +168,41 @@ def _unit(seed: int, purpose: str, index: int) -> float:
     return rng.key(seed, purpose, index) / 2**63
 
 
-def chain_arithmetic(**args: Any) -> list[dict[str, str]]:
+def chain_arithmetic(**args: Any) -> list[dict[str, Any]]:
     """Rows of `ChainArithmetic`. Raises ValueError naming every argument that is unknown or out of range."""
+    faults = argument_faults("chain_arithmetic", args)
+    if faults:
+        raise ValueError("task chain_arithmetic: " + "; ".join(map(str, faults)))
+    return ChainArithmetic(**args).rows()
+
+
+def argument_faults(task: str, args: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with a task's arguments; keys are the arguments' names, () where several disagree."""
+    arguments = ARGUMENTS[task]
     try:
-        return ChainArithmetic(**args).rows()
+        arguments(**args)
     except ValidationError as error:
-        raise ValueError("task chain_arithmetic: " + "; ".join(_problems(error, ChainArithmetic))) from None
+        return [_fault(task, problem, list(arguments.model_fields)) for problem in error.errors()]
+    return []
 
 
-def _problems(error: ValidationError, model: type[Section]) -> Iterator[str]:
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            yield f"{name} is not an argument; there are {', '.join(model.model_fields)}"
-        elif problem["type"] == "missing":
-            yield f"{name} must be given"
-        else:
-            yield f"{name}={problem['input']!r}: {problem['msg']}"
+def _fault(task: str, problem: Mapping[str, Any], known: list[str]) -> Fault:
+    key = tuple(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = closest(str(key[0]), known)
+        return Fault(
+            (key,), f"task {task} has no such argument", did_you_mean(near, f"it has {', '.join(known)}")
+        )
+    if problem["type"] == "missing":
+        return Fault((key,), f"task {task} needs it")
+    if problem["type"] == "value_error":
+        return Fault((key,), str(problem["ctx"]["error"]))
+    choices = (
+        re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    )
+    near = closest(str(problem["input"]), choices)
+    return Fault((key,), f"{problem['input']!r} is not {rule(problem)}", did_you_mean(near, ""))
 
 
-TASKS: Mapping[str, Callable[..., list[dict[str, str]]]] = {"chain_arithmetic": chain_arithmetic}
+ARGUMENTS: Mapping[str, type[Section]] = {"chain_arithmetic": ChainArithmetic}
+TASKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {"chain_arithmetic": chain_arithmetic}

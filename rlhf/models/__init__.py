@@ -3,6 +3,7 @@
 from rlhf.models.build import build_model, build_tokenizer
 from rlhf.models.load import context_length, generation_stop_ids, load_model, load_tokenizer, save_model
 from rlhf.models.probe import ExactnessReport, probe_exactness
+from rlhf.models.scalar import load_scalar_model
 
 __all__ = [
     "ExactnessReport",
@@ -11,6 +12,7 @@ __all__ = [
     "context_length",
     "generation_stop_ids",
     "load_model",
+    "load_scalar_model",
     "load_tokenizer",
     "probe_exactness",
     "save_model",

@@ -32,10 +32,14 @@ class Packed(Protocol):
     cu_seqlens: torch.Tensor  # (S+1,) int
 
 
-class _Context(Protocol):
+class StepContext(Protocol):
+    """How the attention of a forward is done; `PackedContext` and `PagedContext` are."""
+
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """q (N, Hq, D), k and v (N, Hkv, D) -> (N, Hq, Dv); options as `rlhf.kernels.attention` takes them."""
+        ...
 
 
 @dataclass
@@ -92,11 +96,12 @@ class PagedContext:
         return attend_paged(q, k_pages, v_pages, self.plan, **options)
 
 
-_current: _Context | None = None
+_current: StepContext | None = None
 
 
 @contextmanager
-def _use(context: _Context | None) -> Iterator[None]:
+def use_context(context: StepContext | None) -> Iterator[None]:
+    """Within it, the attention of a forward is the context's; None: ordinary attention."""
     global _current
     before, _current = _current, context
     try:
@@ -108,21 +113,26 @@ def _use(context: _Context | None) -> Iterator[None]:
 def packed_attention(packed: Packed) -> AbstractContextManager[None]:
     """Within it, a forward's input_ids (1, N) are the sequences of `packed` one after another."""
     lens = np.diff(packed.cu_seqlens.cpu().numpy())
-    return _use(PackedContext(Plan(lens, lens, device=packed.cu_seqlens.device)))
+    return use_context(PackedContext(Plan(lens, lens, device=packed.cu_seqlens.device)))
 
 
 def paged_attention(context: PagedContext) -> AbstractContextManager[None]:
     """Within it, a forward's input_ids (1, N') are the new tokens of `context`. Use it under
     `torch.no_grad()`.
     """
-    return _use(context)
+    return use_context(context)
+
+
+def in_context() -> bool:
+    """Whether the forward that runs now is a packed or paged one."""
+    return _current is not None
 
 
 def kv_shapes(model: torch.nn.Module) -> list[tuple[int, int, int]]:
     """(Hkv, D, Dv) of every layer, as one token shows them: configurations say it in too many ways."""
     shapes = _Shapes()
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    with torch.no_grad(), _use(shapes):
+    with torch.no_grad(), use_context(shapes):
         model(input_ids=token, position_ids=token, use_cache=False)
     return [shapes.of_layer[layer] for layer in range(len(shapes.of_layer))]
 
@@ -146,7 +156,7 @@ def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
 
 
 def _same_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _use(_current)
+    return nullcontext(), use_context(_current)
 
 
 def _attention(

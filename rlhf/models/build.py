@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf.recipe.preflight import tokenizer_build_faults
 from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
 from rlhf.rng import key
 
@@ -48,6 +49,8 @@ def build_tokenizer(config: BuildTokenizerConfig) -> PreTrainedTokenizerFast:
     """A tokenizer with <|pad|>, <|bos|> and <|eos|> as ids 0, 1 and 2. It adds no special token by itself,
     and decoding gives back exactly the text. Raises ValueError for an unusable alphabet or training file.
     """
+    for fault in tokenizer_build_faults(config):
+        raise ValueError(str(fault.below(("tokenizer", "build"))))
     tokenizer = _characters(config.alphabet) if config.kind == "characters" else _bpe(config)
     template = _CHAT_TEMPLATE if config.kind == "characters" else _CHAT_TEMPLATE_WITH_ROLES
     return PreTrainedTokenizerFast(
@@ -61,11 +64,6 @@ def build_tokenizer(config: BuildTokenizerConfig) -> PreTrainedTokenizerFast:
 
 
 def _characters(alphabet: str) -> Tokenizer:
-    if not alphabet:
-        raise ValueError("tokenizer.build.alphabet is empty; list the characters of your data")
-    twice = sorted({c for c in alphabet if alphabet.count(c) > 1})
-    if twice:
-        raise ValueError(f"tokenizer.build.alphabet has {', '.join(map(repr, twice))} more than once")
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocab))  # no unknown token: a foreign character is an error
     tokenizer.add_special_tokens(list(_SPECIAL))
@@ -75,14 +73,6 @@ def _characters(alphabet: str) -> Tokenizer:
 
 
 def _bpe(config: BuildTokenizerConfig) -> Tokenizer:
-    if config.train_on is None:
-        raise ValueError("tokenizer.build.kind=bpe needs tokenizer.build.train_on: a text or JSON-lines file")
-    smallest = len(_SPECIAL) + 256
-    if config.vocab_size < smallest:
-        raise ValueError(
-            f"tokenizer.build.vocab_size={config.vocab_size} is too small for the 256 bytes; "
-            f"use >= {smallest}"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,8 +88,6 @@ def _bpe(config: BuildTokenizerConfig) -> Tokenizer:
 
 def _texts(path: Path) -> Iterator[str]:
     """Lines of a text file; every string in the rows of a .jsonl file."""
-    if not path.is_file():
-        raise ValueError(f"tokenizer.build.train_on: there is no file {path}")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if path.suffix != ".jsonl":

@@ -56,7 +56,7 @@ class FastRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.variance_epsilon)
 
 
-_ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh: InvariantGeluTanh}
+ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh: InvariantGeluTanh}
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
@@ -83,8 +83,8 @@ def prepare_linears(model: nn.Module) -> int:
         if type(module) is nn.Linear:
             module.__class__ = InvariantLinear
             module._packed = PackedWeight()
-        elif type(module) in _ACTIVATIONS:
-            module.__class__ = _ACTIVATIONS[type(module)]
+        elif type(module) in ACTIVATIONS:
+            module.__class__ = ACTIVATIONS[type(module)]
         elif type(module).__name__.endswith("RMSNorm"):
             kind = type(module)
             if kind not in same_norm:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.model_files import local_folder, read_config_json, weight_files
 from rlhf.models import attention
 from rlhf.models.build import build_model, build_tokenizer
 from rlhf.models.linear import prepare_linears
@@ -29,7 +30,6 @@ from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
 from rlhf.rng import key
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -67,8 +67,7 @@ def context_length(model_config: ModelConfig) -> int:
     if model_config.build is not None:
         config = AutoConfig.for_model(model_config.build.model_type, **model_config.build.config)
     else:
-        folder = _folder(model_config.path, _revision(model_config), _SMALL_FILES, "model.path")
-        config = _read_config(folder, model_config)
+        config = read_config(model_config)
     return config.get_text_config().max_position_embeddings
 
 
@@ -113,14 +112,32 @@ def load_model(
     elif model_config.build is not None:
         model = build_model(model_config.build, tokenizer, dtype=model_config.dtype, seed=seed)
     else:
-        model = _from_folder(model_config, dtype)
+        model, _ = read_folder(model_config, dtype)
+    return prepare(
+        model, model_config, tokenizer, seed=seed, device=device, trainable=trainable, invariant=invariant
+    )
+
+
+def prepare(
+    model: nn.Module,
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    device: torch.device | str,
+    trainable: bool,
+    invariant: bool,
+    task: str = "CAUSAL_LM",
+) -> nn.Module:
+    """What `load_model` does to every model, however it was made: in place, and what it raises. `task` is peft's
+    name for what the model does."""
     _check_vocabulary(model, tokenizer)
     _use_our_attention(model)
     _disable_dropout(model)
     if not trainable:
         model.requires_grad_(False)
     elif model_config.lora is not None:
-        model = _add_lora(model, model_config.lora, seed)
+        model = _add_lora(model, model_config.lora, seed, task)
     if invariant:
         prepare_linears(model)
     if trainable and model_config.gradient_checkpointing:
@@ -165,13 +182,10 @@ def _folder(path: str, revision: str | None, patterns: Sequence[str], what: str)
     """A local folder as it is, or the wanted files of a hub repository (from the cache if HF_HUB_OFFLINE is
     set).
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
+    with _key(what):
+        local = local_folder(path)
+    if local is not None:
         return local
-    if local.exists():
-        raise ValueError(f"{what}: {path} is a file; give the folder that holds config.json")
-    if not _HUB_NAME.fullmatch(path):
-        raise ValueError(f"{what}: there is no folder {path}")
     try:
         return Path(
             snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=10)
@@ -179,38 +193,52 @@ def _folder(path: str, revision: str | None, patterns: Sequence[str], what: str)
     except Exception as error:  # the hub's client raises from three libraries; the cause is kept
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{what}: there is no folder {path}, and the hub could not give it: {reason}"
+            f"{what}: there is no folder {path}, and the hub could not give it: {reason.rstrip('.')}; give a folder "
+            f"(paths count from {Path.cwd()}), or a name that the hub has, with the network on and HF_TOKEN set for a "
+            "gated one"
         ) from error
 
 
-def _read_config(folder: Path, model_config: ModelConfig) -> Any:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path: {folder} has no config.json; it is not a Hugging Face model folder")
+@contextmanager
+def _key(name: str) -> Iterator[None]:
+    """Put the recipe's key before what `rlhf.model_files` says."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        yield
     except ValueError as error:
-        raise ValueError(f"model.path: {file} is damaged: {error}") from None
-    if "auto_map" in raw and model_config.trust_code is None:
-        raise ValueError(
-            f"model.path: {model_config.path} brings Python code of its own (auto_map in config.json), which is "
-            "not run; review it and name model and commit in model.trust_code"
-        )
+        raise ValueError(f"{name}: {error}") from error.__cause__
+
+
+def _read_config(folder: Path, model_config: ModelConfig) -> Any:
+    with _key("model.path"):
+        read_config_json(folder, trusted=model_config.trust_code is not None)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model_config.trust_code is not None)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"model.path: the configuration in {folder} cannot be used: {error}") from error
 
 
-def _from_folder(model_config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def read_config(model_config: ModelConfig) -> Any:
+    """The configuration in the folder or repository `model_config.path`, without its weights."""
+    folder = _folder(model_config.path, _revision(model_config), _SMALL_FILES, "model.path")
+    return _read_config(folder, model_config)
+
+
+def read_folder(
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    auto: type = AutoModelForCausalLM,
+    optional: Sequence[str] = (),
+) -> tuple[nn.Module, set[str]]:
+    """The model in a folder as `auto` makes it, and those of the `optional` weights that its files lack. Raises
+    ValueError for files that are damaged or lack any other weight."""
     trusted = model_config.trust_code is not None
     patterns = (*_SMALL_FILES, "model*.safetensors", *(("*.py",) if trusted else ()))
     folder = _folder(model_config.path, _revision(model_config), patterns, "model.path")
     config = _read_config(folder, model_config)
-    for file in _weight_files(folder):
-        _check_safetensors(file)
+    with _key("model.path"):
+        weight_files(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -222,65 +250,13 @@ def _from_folder(model_config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"model.path: the weights in {folder} cannot be loaded: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(n) for n in info[problem])
+        names = sorted(str(n) for n in info[problem] if n not in optional)
         if names:
             raise ValueError(
                 f"model.path: {folder} has {len(names)} {problem.replace('_', ' ')}, {names[0]} first: these "
                 "weights would be random; the files do not fit config.json"
             )
-    return model
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, all present, none outside the folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"model.path: {index} is damaged: {error!r}") from None
-    else:
-        names = ["model.safetensors"]
-        if not (folder / names[0]).is_file():
-            pickles = sorted(f.name for f in folder.glob("*.bin"))
-            reason = (
-                f"only {pickles[0]}, a pickle, which is not read; save it as safetensors"
-                if pickles
-                else "none"
-            )
-            raise ValueError(
-                f"model.path: weights (model.safetensors) are missing in {folder}; there is {reason}"
-            )
-    outside = [n for n in names if Path(n).name != n]
-    if outside:
-        raise ValueError(f"model.path: {index} points outside its folder: {outside[0]}")
-    missing = [n for n in names if not (folder / n).is_file()]
-    if missing:
-        raise ValueError(
-            f"model.path: {folder} misses {len(missing)} of {len(names)} weight files, {missing[0]} first"
-        )
-    return [folder / n for n in names]
-
-
-def _check_safetensors(file: Path) -> None:
-    """The size that a safetensors header promises: 8 bytes of header length, a JSON header, then the
-    tensors.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"model.path: {file} is cut off: {size} bytes, its header alone needs {8 + length}"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"model.path: the header of {file} is damaged: {error!r}") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ValueError(f"model.path: {file} is damaged: {size} bytes instead of {expected}")
+    return model, set(info["missing_keys"]).intersection(optional)
 
 
 # -- preparing -----------------------------------------------------------------------------------------------
@@ -320,7 +296,7 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def _add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+def _add_lora(model: nn.Module, config: LoraConfig, seed: int, task: str) -> nn.Module:
     import peft
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
@@ -329,7 +305,7 @@ def _add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
         lora_alpha=config.alpha,
         target_modules=targets,
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     dtype = model.dtype
     with torch.random.fork_rng(devices=[]):
@@ -367,5 +343,6 @@ def _plain_copy(base: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     missing = [name for name, w in plain.state_dict().items() if w.is_meta]
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first; the model is not saved")
-    plain.generation_config = copy.deepcopy(base.generation_config)
+    if base.can_generate():
+        plain.generation_config = copy.deepcopy(base.generation_config)
     return plain

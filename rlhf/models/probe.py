@@ -16,7 +16,8 @@ from torch import nn
 
 from rlhf.kernels.attention import TILE
 from rlhf.kernels.logprob import log_softmax
-from rlhf.models.attention import PagedContext, kv_shapes, packed_attention, paged_attention
+from rlhf.models.attention import PagedContext, kv_shapes, packed_attention
+from rlhf.models.fused import StepForward
 
 _PAGE = 64
 
@@ -77,23 +78,22 @@ def _packed_logprobs(model: nn.Module, prompts: list[torch.Tensor]) -> list[torc
     """(n, V) fp32 for each prompt, from one packed forward."""
     lengths = [len(p) for p in prompts]
     ends = np.concatenate([[0], np.cumsum(lengths)])
+    positions = _positions([range(n) for n in lengths], prompts[0].device)
     with packed_attention(_Packed(torch.tensor(ends, device=prompts[0].device))):
-        return list(_forward(model, prompts, [range(n) for n in lengths]).split(lengths))
+        output = model(input_ids=torch.cat(prompts)[None], position_ids=positions[None], use_cache=False)
+    return list(log_softmax(output.logits[0]).split(lengths))
 
 
-def _forward(model: nn.Module, tokens: list[torch.Tensor], positions: list[range]) -> torch.Tensor:
-    position_ids = torch.cat([torch.arange(p.start, p.stop) for p in positions]).to(tokens[0].device)
-    logits = model(
-        input_ids=torch.cat(tokens)[None], position_ids=position_ids[None], use_cache=False
-    ).logits[0]
-    return log_softmax(logits)
+def _positions(spans: list[range], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(device)
 
 
 class _Pages:
-    """A cache of its own for the probe's prompts, pages of the sequences interleaved."""
+    """A cache of its own for the probe's prompts, pages of the sequences interleaved; the model runs as the engine
+    runs it."""
 
     def __init__(self, model: nn.Module, prompts: list[torch.Tensor]) -> None:
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.forward = model, prompts, StepForward(model)
         width = -(-max(map(len, prompts)) // _PAGE)
         self.table = np.arange(width * len(prompts)).reshape(width, -1).T
         shapes = [(width * len(prompts), heads, _PAGE, k, v) for heads, k, v in kv_shapes(model)]
@@ -114,9 +114,9 @@ class _Pages:
             context_lens=[s.stop for s in spans],
             query_starts=np.concatenate([[0], np.cumsum([len(s) for s in spans])]),
         )
-        with paged_attention(context):
-            tokens = [self.prompts[r][s.start : s.stop] for r, s in zip(rows, spans)]
-            return list(_forward(self.model, tokens, spans).split([len(s) for s in spans]))
+        tokens = torch.cat([self.prompts[r][s.start : s.stop] for r, s in zip(rows, spans)])
+        logits = self.forward(tokens, _positions(spans, tokens.device), context)
+        return list(log_softmax(logits).split([len(s) for s in spans]))
 
     def last(self, row: int) -> torch.Tensor:
         """The last token of one sequence once more, alone."""

@@ -9,24 +9,26 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from rlhf.recipe.problems import Problem
+from rlhf.recipe.problems import Fault, LookUp, Problem
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.secrets import HIDDEN, hides
 from rlhf.recipe.suggest import closest, field_at, meant, schema, siblings
 from rlhf.recipe.tree import Node, PathKey, merge
 
 # Stands in for a required section that is missing or wrong, so that the other sections are still checked.
-_STAND_INS: dict[PathKey, dict] = {("data",): {"task": "chain_arithmetic"}}
+_STAND_INS: dict[PathKey, dict] = {("data",): {"path": "stand/in"}}
 
 
-def check(root: Node) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe and what is wrong with it; the recipe is None if anything is."""
+def check(root: Node, look_up: LookUp | None = None) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe and what is wrong with it; the recipe is None if anything is. `look_up` adds what is wrong outside the
+    recipe, and sees a recipe even where values are wrong: a repaired one.
+    """
     problems: list[Problem] = []
     dropped: set[PathKey] = set()
     node = root
@@ -38,15 +40,60 @@ def check(root: Node) -> tuple[Recipe | None, list[Problem]]:
     while True:
         try:
             recipe = Recipe.model_validate(node.plain())
-            return (None if problems else recipe), problems
+            break
         except ValidationError as error:
             errors = error.errors(include_url=False)
         if errors[0]["type"] == "inconsistent":
-            return None, problems + _inconsistent(node, errors[0]["ctx"]["problems"], dropped)
+            problems += _inconsistent(node, errors[0]["ctx"]["problems"], dropped)
+            recipe = _section_by_section(node)
+            break
         repaired, found, dropped = _one_round(node, errors, dropped)
         problems.extend(found)
         assert repaired is not node, f"no progress on {errors}"
         node = repaired
+    if look_up is not None:
+        problems += _placed(node, look_up(recipe), dropped)
+    return (None if problems else recipe), problems
+
+
+def _section_by_section(node: Node) -> Recipe:
+    """The recipe of a tree whose sections are valid, without the checks between them."""
+    values = {
+        name: TypeAdapter(Recipe.model_fields[str(name)].annotation).validate_python(child.plain())
+        for name, child in node.children()
+    }
+    return Recipe.model_construct(**values)
+
+
+def _placed(node: Node, faults: Sequence[Fault], dropped: set[PathKey]) -> list[Problem]:
+    """Faults on their lines, without those that only come from values that were taken out."""
+    problems = []
+    for fault in faults:
+        if any(_is_gone(node, key, dropped) for key in fault.keys):
+            continue
+        place = node.nearest(fault.keys[0]).place
+        exact = node.find(fault.keys[0]) is not None or place.file == "command line"
+        rest = [] if exact else fault.keys[0][len(node.way(fault.keys[0])) :]
+        key = ".".join(map(str, [place.key, *rest] if place.key else rest))
+        message, hint = (_without_environment(node, fault.keys, text) for text in (fault.message, fault.hint))
+        problems.append(Problem(place.file, place.line, key, message, hint))
+    return problems
+
+
+def _without_environment(node: Node, keys: Sequence[PathKey], text: str) -> str:
+    """The text with values from the environment as the recipe writes them: ${oc.env:NAME}."""
+    for key in keys:
+        at = node.find(key)
+        for found in [n for _, n in at.walk() if n.expression is not None] if at is not None else []:
+            text = text.replace(str(found.value), found.expression)
+    return text
+
+
+def _is_gone(node: Node, path: PathKey, dropped: set[PathKey]) -> bool:
+    """Was the value there taken out? In a list the entries after it have moved up: what is there is what counts."""
+    if any(isinstance(key, int) for key in path) and node.find(path) is not None:
+        return False
+    return _touches(path, dropped)
 
 
 def _one_round(
@@ -178,6 +225,12 @@ _RULES: dict[str, Callable[[Mapping], str]] = {
 }
 
 
+def rule(error: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says that a value must be: "a whole number", "at least 1"."""
+    kind = error["type"]
+    return _RULES[kind](error["ctx"] if "ctx" in error else {}) if kind in _RULES else error["msg"]
+
+
 def _wrong(node: Node, path: PathKey, found: list[dict]) -> Problem:
     kind = found[0]["type"]
     at = node.find(path)
@@ -191,10 +244,7 @@ def _wrong(node: Node, path: PathKey, found: list[dict]) -> Problem:
         return place.problem(message)
     if at is not None and at.value is None:
         return place.problem("is empty", _about(path) or "remove the line or give it a value")
-    rules = [
-        _RULES[e["type"]](e["ctx"] if "ctx" in e else {}) if e["type"] in _RULES else e["msg"] for e in found
-    ]
-    message = f"{_show(node, path)} is not {' or '.join(dict.fromkeys(rules))}"
+    message = f"{_show(node, path)} is not {' or '.join(dict.fromkeys(map(rule, found)))}"
     return place.problem(message, _nearest_choice(at, found) or _about(path))
 
 

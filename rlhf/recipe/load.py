@@ -18,7 +18,8 @@ import yaml
 
 from rlhf.recipe.check import check
 from rlhf.recipe.interpolate import escape, interpolate
-from rlhf.recipe.problems import Problem, RecipeError
+from rlhf.recipe.outputs import output_problems
+from rlhf.recipe.problems import LookUp, Problem, RecipeError
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.secrets import HIDDEN, hides
 from rlhf.recipe.suggest import closest
@@ -48,11 +49,12 @@ class Plan:
     source: str | None  # the recipe's path; None for a dictionary
 
 
-def load_plan(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
+def load_plan(path: str | os.PathLike, overrides: Sequence[str] = (), *, look_up: LookUp | None = None) -> Plan:
     """Read a recipe file and `key=value` overrides.
 
-    An override sets its key: at the top level, or with `stages.NAME.` in one stage. Raises RecipeError with every
-    problem of the file and of the overrides.
+    An override sets its key: at the top level, or with `stages.NAME.` in one stage. Without `look_up` the recipe is
+    checked by itself; with it (`rlhf.recipe.preflight`) also what it names must be there: files, reward functions.
+    Raises RecipeError with every problem of the file and of the overrides.
     """
     problems: list[Problem] = []
     root = _read_with_base(path, problems)
@@ -60,12 +62,12 @@ def load_plan(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
         read = read_override(argument, problems)
         if read is not None:
             root = _override(root, *read, problems)
-    return _plan(root, os.fspath(path), problems)
+    return _plan(root, os.fspath(path), problems, look_up)
 
 
-def plan_from_dict(data: Mapping[str, Any]) -> Plan:
+def plan_from_dict(data: Mapping[str, Any], *, look_up: LookUp | None = None) -> Plan:
     """A plan from plain values, with the same rules as a file. Raises RecipeError."""
-    return _plan(read_dict(data), None, [])
+    return _plan(read_dict(data), None, [], look_up)
 
 
 def dump_plan(plan: Plan) -> str:
@@ -162,13 +164,13 @@ def _set(root: Node, path: PathKey, node: Node) -> Node | None:
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
-def _plan(root: Node, source: str | None, problems: list[Problem]) -> Plan:
+def _plan(root: Node, source: str | None, problems: list[Problem], look_up: LookUp | None) -> Plan:
     parts = _split(root, problems)
     stages, found = [], {}
     for name, node in parts:
         of_stage: list[Problem] = []
         node = interpolate(node, of_stage)
-        recipe, refused = check(node)
+        recipe, refused = check(node, look_up)
         found[name] = of_stage + refused
         if recipe is not None:
             expressions = {path: n.expression for path, n in node.walk() if n.expression is not None}
@@ -176,6 +178,7 @@ def _plan(root: Node, source: str | None, problems: list[Problem]) -> Plan:
     problems.extend(_name_stages(found))
     if not problems:
         problems.extend(_not_shared(root, stages))
+        problems.extend(_outputs(dict(parts), stages))
     if problems:
         raise RecipeError(problems)
     return Plan(tuple(stages), source)
@@ -218,6 +221,17 @@ def _name_stages(found: Mapping[str, list[Problem]]) -> list[Problem]:
         else replace(problem, message=f"{problem.message} (in stage {', '.join(names)})")
         for problem, names in where.items()
     ]
+
+
+def _outputs(nodes: Mapping[str, Node], stages: Sequence[Stage]) -> list[Problem]:
+    """Stages that a path names and that are not there, or have nothing of the kind."""
+    problems = []
+    for i, stage in enumerate(stages):
+        earlier = {s.name: s.recipe for s in stages[:i]}
+        node = nodes.get(stage.name) or next(iter(nodes.values()))
+        for key, message, hint in output_problems(stage.recipe, earlier):
+            problems.append(node.find(key).place.problem(message, hint))
+    return problems
 
 
 def _not_shared(root: Node, stages: Sequence[Stage]) -> list[Problem]:

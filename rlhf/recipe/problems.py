@@ -1,12 +1,40 @@
 """What a refused recipe says: one Problem per mistake, all of them in one RecipeError.
 
-Here: the report. Not here: how a mistake is found (`tree`, `check`, `load`).
+Here: the report. Not here: how a mistake is found (`tree`, `check`, `load`, `preflight`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf.recipe.schema import Recipe
+
+Key = tuple[str | int, ...]  # a key's path from the recipe's top
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake in a recipe's values, not yet traced to the line on which they were written."""
+
+    keys: tuple[Key, ...]  # every value it rests on; the first is the one to change
+    message: str  # names the value and the rule it broke
+    hint: str = ""  # the way out
+
+    def below(self, key: Key) -> Fault:
+        """The same in a section that is itself at `key`."""
+        return Fault(tuple((*key, *own) for own in self.keys), self.message, self.hint)
+
+    def __str__(self) -> str:
+        text = f"{'.'.join(map(str, self.keys[0]))}: {self.message}"
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+LookUp = Callable[
+    ["Recipe"], Sequence[Fault]
+]  # what is wrong outside the recipe: files, functions, architectures
 
 
 @dataclass(frozen=True)

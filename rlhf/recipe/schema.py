@@ -6,11 +6,12 @@ section. Nothing is changed after loading; derived numbers are properties.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from rlhf.recipe import rules
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -18,11 +19,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-# The keys that disagree, the one to change first, and what is wrong.
-Inconsistency = tuple[tuple[str, ...], str]
-
-Role = Literal["actor", "critic", "reference", "reward", "rollout"]
-Method = Literal["sft", "grpo"]
+Role = Literal["actor", "critic", "reference", "reward", "rollout", "teacher"]
+Method = Literal[
+    "sft", "rm", "prm", "ppo", "grpo", "dpo", "kto", "online_dpo", "rejection", "distill"
+]
 
 
 class Section(BaseModel):
@@ -129,6 +129,22 @@ class DatasetConfig(Section):
     """Text around the prompt, with the row's columns in braces: "Question: {question}\\nAnswer:"."""
     response_column: str | None = None
     """Column with the answer to imitate (sft)."""
+    messages_column: str | None = None
+    """Column with a whole conversation (sft): loss on the assistant's turns; instead of response_column."""
+    chosen_column: str = "chosen"
+    """Column with the better answer, or the better whole conversation (rm, dpo)."""
+    rejected_column: str = "rejected"
+    """Column with the worse answer, or the worse whole conversation (rm, dpo)."""
+    margin_column: str | None = None
+    """Column that says by how much the better answer is better (rm)."""
+    label_column: str = "label"
+    """Column that says whether the answer in response_column is desirable (kto)."""
+    steps_column: str = "completions"
+    """Column with an answer as a list of steps (prm)."""
+    step_labels_column: str = "labels"
+    """Column with one label for each step: right or wrong (prm)."""
+    step_separator: str = "\n"
+    """Text put after each step; a step's label stands at the last token of it (prm)."""
     chat_template: bool = False
     """Render the prompt through the tokenizer's chat template."""
     system_prompt: str | None = None
@@ -188,24 +204,209 @@ class RolloutConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Group baseline: mean and std (2402.03300), mean only (2503.20783), mean of the others (2402.14740)."""
-    objective: Literal["ppo_clip"] = "ppo_clip"
-    """Per-token objective; ppo_clip: -min(r A, clip(r) A) (1707.06347)."""
+    """Policy-gradient methods: grpo and ppo."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax"] = "grpo"
+    """Baseline of grpo: group mean and std (2402.03300), mean only (2503.20783), mean of the others (2402.14740),
+    none but whitening over the batch (2501.03262), both, or the greedy answer's reward (2310.10505)."""
+    objective: Literal["ppo_clip", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = "ppo_clip"
+    """Per-token objective: PPO's clip (1707.06347), sequence ratio (2507.18071), clipped weight (2506.13585),
+    geometric mean (2507.20673), soft gate (2511.20347), or no ratio."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     """Mean over the step's tokens (DAPO), mean of per-response means (GRPO), or sum / constant (Dr.GRPO)."""
     clip_low: NonNegativeFloat = 0.2
-    """Ratio is clipped below at 1 - clip_low."""
+    """Ratio is clipped below at 1 - clip_low (gspo: 3e-4; gmpo: in log space, 0.4; cispo: 1 or more = no bound)."""
     clip_high: NonNegativeFloat = 0.2
-    """Ratio is clipped above at 1 + clip_high."""
+    """Ratio is clipped above at 1 + clip_high (gspo: 4e-4; gmpo: in log space, 0.4)."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Upper bound on the ratio where the advantage is negative (1912.09729; also called two-sided clip)."""
+    sapo_tau_pos: PositiveFloat = 1.0
+    """sapo: temperature of the gate where the advantage is positive."""
+    sapo_tau_neg: PositiveFloat = 1.05
+    """sapo: temperature of the gate where the advantage is negative."""
+    covariance: Literal["none", "clip_cov", "kl_cov"] = "none"
+    """Hold back the tokens whose log-prob and advantage vary together most (2505.22617)."""
+    cov_frac: Fraction = 2e-4
+    """Share of the tokens that `covariance` takes."""
+    cov_low: float = 1.0
+    """clip_cov: lowest covariance of a token that may be taken."""
+    cov_high: float = 5.0
+    """clip_cov: highest covariance of a token that may be taken."""
+    kl_cov_coef: NonNegativeFloat = 1.0
+    """kl_cov: weight of the KL to the old policy on the tokens taken."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL to the reference in the loss; 0 = no reference model."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """Estimator used as a loss; k1 has zero expected gradient and is refused."""
+    """Weight of the KL to the reference; 0 = no reference model."""
+    kl_in_reward: bool | None = None
+    """Take the KL off the reward instead of adding it to the loss; default: what the method's paper does (reward for
+    ppo, rloo and reinforce_pp)."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] = "k3"
+    """Estimator of the KL; k3_k2 has k3's value and k2's gradient. k1 only in the reward: as a loss its expected
+    gradient is zero."""
+    kl_target: PositiveFloat | None = None
+    """Adapt kl_coef so that the KL stays near this (1909.08593), in nats per response."""
+    kl_horizon: PositiveFloat = 10000.0
+    """Samples over which kl_coef adapts."""
+    early_stop_kl: PositiveFloat | None = None
+    """Leave out a step's remaining updates once policy/approx_kl is above this."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
+    correction: Literal["none", "tis", "decoupled", "icepop", "sequence_mask", "sequence_tis"] = "none"
+    """Weight for samples from stale or numerically different weights, w = old / sampler: min(w, cap), w (decoupled
+    PPO), w inside the bounds else 0, sequences inside the bounds, or min(w of the sequence, cap)."""
+    correction_cap: PositiveFloat = 2.0
+    """Cap of tis and sequence_tis."""
+    correction_low: NonNegativeFloat = 0.5
+    """Lower bound of icepop, and of sequence_mask, whose mean over tokens wants bounds near 1."""
+    correction_high: PositiveFloat = 5.0
+    """Upper bound of icepop and sequence_mask."""
     mask_truncated: bool = False
     """Leave responses that hit max_response_tokens out of the loss (DAPO's overlong filtering)."""
+    overlong_buffer: NonNegative = 0
+    """Tokens before max_response_tokens over which a penalty of up to overlong_penalty grows (DAPO); 0 = none."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """Reward taken off a response of max_response_tokens."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample more prompts until the step is full (DAPO)."""
+    max_sampling_rounds: Positive = 4
+    """Rounds of sampling after which a step goes on with what it has."""
+    whiten_advantages: bool | None = None
+    """Shift and scale advantages to mean 0 and std 1 over the step's tokens; default: yes for ppo and the reinforce_pp
+    family, no otherwise."""
+    reward_clip: PositiveFloat | None = None
+    """Sequence rewards are clipped to +-this before advantages."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount per token (ppo, reinforce_pp)."""
+    lam: Fraction = 0.95
+    """GAE's lambda (1506.02438)."""
+    critic_lam: Fraction | None = None
+    """Another lambda for the critic's returns (VAPO: 1.0); default: lam."""
+    length_adaptive_lam: PositiveFloat | None = None
+    """alpha of VAPO's lambda = 1 - 1 / (alpha * response length) for the policy, instead of lam."""
+    positive_nll_coef: NonNegativeFloat = 0.0
+    """Weight of the NLL on right answers (VAPO: 0.1)."""
+    ptx_coef: NonNegativeFloat = 0.0
+    """Weight of the language-modelling loss on `ptx` data (InstructGPT's PPO-ptx)."""
+
+
+class CriticConfig(Section):
+    path: str | None = None
+    """Folder or hub name of the critic's starting weights; default: reward_model.path, else the actor's."""
+    lr: PositiveFloat = 9e-6
+    """Peak learning rate of the critic."""
+    value_clip: PositiveFloat | None = 0.2
+    """Values move at most this far from those at sampling time; null = no clipping."""
+    pretrain_steps: NonNegative = 0
+    """First steps in which only the critic learns (value pre-training)."""
+
+
+class RewardModelConfig(Section):
+    path: str
+    """Folder or hub name of a sequence-classification model with one label; scores every response."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor of its score in the reward."""
+    normalize: bool = False
+    """Subtract the mean and divide by the std that training stored with the model."""
+
+
+class ReferenceConfig(Section):
+    path: str | None = None
+    """Folder or hub name of the reference; default: the actor's starting weights."""
+    update_every: Positive | None = None
+    """Steps between updates of the reference towards the actor; default: it stays."""
+    update_mix: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the actor in an update: reference <- mix * actor + (1 - mix) * reference; 1 replaces it."""
+
+
+class PtxConfig(Section):
+    data: DatasetConfig
+    """Texts to keep modelling while the policy is optimised."""
+    rows_per_step: Positive = 32
+    """Rows of it in every update."""
+
+
+class PreferenceConfig(Section):
+    """dpo and online_dpo."""
+
+    losses: dict[
+        Literal[
+            "dpo", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+            "aot", "aot_unpaired", "discopop", "sigmoid_norm", "simpo", "cpo", "orpo", "sft",
+        ],
+        Annotated[float, Field(allow_inf_nan=False)],
+    ] = Field(default_factory=lambda: {"dpo": 1.0}, min_length=1)
+    """Losses by name and their weights; the weighted sum is the loss."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference (simpo: 2 to 2.5)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the preferences that are taken to be wrong (cDPO, robust)."""
+    simpo_gamma: NonNegativeFloat = 1.0
+    """simpo: target margin."""
+    orpo_lambda: NonNegativeFloat = 0.1
+    """orpo: weight of the odds ratio."""
+    discopop_tau: PositiveFloat = 0.05
+    """discopop: temperature of the mixture."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the chosen answer's NLL per token (RPO's alpha; cpo: 1)."""
+    wpo: bool = False
+    """Weigh every pair by how likely the policy finds it (2406.11827)."""
+    ld_alpha: Fraction = 1.0
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO, 2409.06411); 1 = as the others."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """Divergence behind dpo's implicit reward (2309.16240)."""
+    f_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """alpha of f_divergence: alpha."""
+
+
+class KTOConfig(Section):
+    loss: Literal["kto", "bco"] = "kto"
+    """KTO (2402.01306), or the binary classifier of 2404.04656."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference."""
+    desirable_weight: PositiveFloat = 1.0
+    """Weight of desirable answers."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Weight of undesirable answers."""
+
+
+class RewardModelingConfig(Section):
+    """rm: how a reward model is trained."""
+
+    center_coef: NonNegativeFloat = 0.0
+    """Weight of (r_w + r_l)^2, which keeps scores around 0 (2312.09244); 0.01 is usual."""
+
+
+class OnlineConfig(Section):
+    """online_dpo and rejection: what is made of a group of responses."""
+
+    pairs: Literal["best_worst", "gold"] = "best_worst"
+    """online_dpo: best against worst response, or the row's answer against a response (SPIN, 2401.01335)."""
+    min_gap: NonNegativeFloat = 0.0
+    """online_dpo: pairs whose rewards differ by no more than this are left out."""
+    keep_best: Positive = 1
+    """rejection: best responses kept of every group."""
+    min_reward: float | None = None
+    """rejection: responses below this are left out."""
+
+
+class DistillConfig(Section):
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_kl"] = "forward_kl"
+    """Distance between teacher and student at each token; sampled_kl: the reverse KL on the sampled token alone, as
+    the advantage of a policy gradient (on the student's own responses only)."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """jsd: interpolation between forward (0) and reverse (1) KL (2306.13649)."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of both distributions."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the data's own NLL beside the divergence."""
+    on_policy_frac: Fraction = 0.0
+    """Share of the steps that imitate the teacher on the student's own responses (GKD's lambda)."""
+    top_k: Positive = 64
+    """Teacher log-probs kept per token; the rest of its distribution is one bucket."""
+
+
+class TeacherConfig(Section):
+    path: str
+    """Folder or hub name of the model to imitate; it must have the student's vocabulary."""
 
 
 class TrainerConfig(Section):
@@ -221,12 +422,32 @@ class TrainerConfig(Section):
     """Times one step's samples are visited (PPO epochs)."""
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal[
+        "constant", "linear", "cosine", "polynomial", "inverse_sqrt", "wsd", "cosine_restarts"
+    ] = "constant"
     """Learning rate after the warm-up: kept, or taken to min_lr_ratio at the last step."""
     warmup_steps: NonNegative = 0
     """Updates (optimiser steps) over which the learning rate rises from 0."""
     min_lr_ratio: Fraction = 0.0
     """Last learning rate as a share of the peak."""
+    decay_steps: Positive | None = None
+    """wsd: updates over which the rate falls at the end; default: a tenth of all."""
+    cycles: Positive = 1
+    """cosine_restarts: number of cycles."""
+    poly_power: PositiveFloat = 2.0
+    """polynomial: its power."""
+    optimizer: Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "muon"] = "adamw"
+    """Optimiser of torch.optim."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """sgd, rmsprop and muon: momentum."""
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate of a layer is lr * this^(layers above it)."""
+    freeze: list[str] = Field(default_factory=list)
+    """Parameters that stay as they are: names with *, for example model.embed_tokens.*"""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the weights with this decay per update and export it as the model."""
+    neftune_alpha: PositiveFloat | None = None
+    """Noise on the input embeddings while training (NEFTune, 2310.05914)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's decay rates."""
     eps: PositiveFloat = 1e-8
@@ -254,8 +475,12 @@ class TrainerConfig(Section):
 class EvaluationConfig(Section):
     sets: dict[str, DatasetConfig] = Field(default_factory=dict)
     """Held-out sets by name."""
+    pairs: dict[str, DatasetConfig] = Field(default_factory=dict)
+    """Held-out preference pairs by name (rm, dpo): how often the better answer gets the higher score."""
     every: Positive | None = None
     """Steps between evaluations; before the first and after the last step it always runs."""
+    keep_best: str | None = None
+    """Metric, for example eval/sums/pass@1: the model at its highest value is kept in stages/<stage>/model-best."""
     samples: Positive = 1
     """Responses per prompt (k of pass@k)."""
     temperature: NonNegativeFloat = 0.0
@@ -264,6 +489,11 @@ class EvaluationConfig(Section):
     """Default: rollout.max_response_tokens."""
     correct_above: float = 0.5
     """A response counts as passed if its reward is above this."""
+
+    @field_validator("sets", "pairs", mode="before")
+    @classmethod
+    def _none_is_no_set(cls, value: Any) -> Any:
+        return {} if value is None else value  # how a recipe leaves out the sets of its base
 
 
 class GroupConfig(Section):
@@ -321,12 +551,9 @@ class TrackingConfig(Section):
     """Steps between rewrites of report.html."""
 
 
-_ROLES = {"sft": ("actor",), "grpo": ("actor", "rollout")}
-
-
 class Recipe(Section):
     method: Method = "grpo"
-    """What is trained: sft, grpo."""
+    """What is trained: sft, rm, prm, ppo, grpo, dpo, kto, online_dpo, rejection or distill."""
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -334,8 +561,19 @@ class Recipe(Section):
     """Training set."""
     reward: list[RewardConfig] = Field(default_factory=list)
     """Parts of the reward; their weighted sum is the reward."""
+    reward_model: RewardModelConfig | None = None
+    """A trained reward model, one more part of the reward."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    ptx: PtxConfig | None = None
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    kto: KTOConfig = Field(default_factory=KTOConfig)
+    reward_modeling: RewardModelingConfig = Field(default_factory=RewardModelingConfig)
+    online: OnlineConfig = Field(default_factory=OnlineConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    teacher: TeacherConfig | None = None
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     placement: dict[str, GroupConfig] = Field(default_factory=dict)
@@ -346,12 +584,18 @@ class Recipe(Section):
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles that this recipe needs."""
-        roles = list(_ROLES[self.method])
-        if self.evaluation.sets and "rollout" not in roles:
-            roles.append("rollout")
-        if self.method == "grpo" and self.algorithm.kl_coef > 0:
-            roles.append("reference")
-        return tuple(roles)
+        return rules.roles(self)
+
+    @property
+    def policy_temperature(self) -> float:
+        """At which the policy's log-probs are taken: the sampler's where its samples are what is learned from by policy
+        gradient, else 1."""
+        return self.rollout.temperature if self.method in ("ppo", "grpo", "distill") else 1.0
+
+    @property
+    def scored(self) -> bool:
+        """Whether anything gives a reward."""
+        return bool(self.reward) or self.reward_model is not None
 
     @property
     def groups(self) -> dict[str, GroupConfig]:
@@ -367,57 +611,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        found = [*self._source_problems(), *self._method_problems(), *self._placement_problems()]
+        found = list(rules.problems(self))
         if found:
             text = "; ".join(f"{keys[0]}: {message}" for keys, message in found)
             raise PydanticCustomError("inconsistent", "{text}", {"text": text, "problems": found})
         return self
-
-    def _source_problems(self) -> Iterator[Inconsistency]:
-        if self.model.path is None and self.model.build is None:
-            yield ("model.path", "model.build"), "set model.path (a folder or hub name) or model.build"
-        if self.model.build is not None and self.tokenizer.path is None and self.tokenizer.build is None:
-            keys = ("tokenizer.build", "tokenizer.path", "model.build")
-            yield keys, "a built model has no tokenizer of its own; set tokenizer.build or tokenizer.path"
-        if self.trainer.steps is None and self.trainer.epochs is None:
-            yield ("trainer.steps", "trainer.epochs"), "set trainer.steps or trainer.epochs"
-
-    def _method_problems(self) -> Iterator[Inconsistency]:
-        if self.method == "grpo" and not self.reward:
-            yield ("reward", "method"), "grpo needs at least one reward function"
-        elif self.evaluation.sets and not self.reward:
-            yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function"
-        if self.method == "grpo" and self.rollout.group_size < 2:
-            message = f"group_size={self.rollout.group_size} gives every response zero advantage; use group_size >= 2"
-            yield ("rollout.group_size", "method"), message
-        if self.method == "sft" and self.data.response_column is None:
-            yield ("data.response_column", "method"), "sft needs the column with the answer to imitate"
-        rows, updates = self.trainer.prompts_per_step, self.trainer.minibatches_per_step
-        if rows % updates:
-            message = (
-                f"minibatches_per_step={updates} does not divide prompts_per_step={rows}; choose a divisor"
-            )
-            yield ("trainer.minibatches_per_step", "trainer.prompts_per_step"), message
-
-    def _placement_problems(self) -> Iterator[Inconsistency]:
-        home: dict[Role, str] = {}
-        for name, group in self.placement.items():
-            for role in group.roles:
-                if role in home:
-                    yield (
-                        (f"placement.{name}.roles",),
-                        f"role {role} is in group {home[role]!r} too; keep one",
-                    )
-                home[role] = name
-        missing = [role for role in self.roles if role not in home] if self.placement else []
-        if missing:
-            keys = ("placement", "method", "evaluation", "algorithm.kl_coef")
-            yield keys, f"no group holds {', '.join(missing)}; add it to a group's roles"
-        if self.runtime.backend == "local":
-            if len(self.groups) > 1 and any(group.gpus for group in self.groups.values()):
-                message = "one process drives one GPU: put every role into one group, or set runtime.backend: ray"
-                yield ("placement", "runtime.backend"), message
-            for name, group in self.groups.items():
-                if group.num_processes > 1:
-                    message = f"{group.num_processes} processes need Ray; set runtime.backend: ray"
-                    yield (f"placement.{name}", "runtime.backend"), message

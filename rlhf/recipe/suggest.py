@@ -119,6 +119,11 @@ def closest(word: str, choices: list[str]) -> str | None:
     return ranked[0][2] if ranked and ranked[0][0] <= _allowed(word) else None
 
 
+def did_you_mean(near: str | None, otherwise: str) -> str:
+    """A hint: the near name, or else what there is."""
+    return f"did you mean {near}?" if near is not None else otherwise
+
+
 def meant(path: PathKey) -> list[PathKey]:
     """Full paths that an unknown key may have meant, the likeliest first; empty if nothing is near.
 

@@ -88,6 +88,10 @@ class Node:
             node = found
         return node
 
+    def way(self, path: PathKey) -> PathKey:
+        """The part of a path that exists."""
+        return next(path[:n] for n in range(len(path), -1, -1) if self.find(path[:n]) is not None)
+
     def put(self, path: PathKey, child: Node | None) -> Node:
         """A copy with the node at `path` replaced, or removed (None). The way to it must exist."""
         if not path:

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _TOKEN = secrets.token_hex(32)  # one for the process: Ray reads it once
-_CLOSE_S = 10.0  # for the workers' own `close` when a run ends well
+_CLOSE_S = 10.0  # for the workers' own `close` when a run ends well, before they are killed
 _GRACE_S = 3.0  # after a rank failed, for the others: a process that dies makes its peers fail too
 _LONGEST_ROOT = 20  # characters; the path of a Unix socket in a Ray session has 107 at most
 _SHUTDOWN_S = 20.0  # for ray.shutdown, before its processes are killed
@@ -323,7 +323,7 @@ class RayGroup:
             actor.build.options(num_returns=2).remote(self.spec.worker, self._info(rank, port), kwargs)
             for rank, actor in enumerate(self._actors)
         ]
-        return RayPending(self, "__init__", refs, self._timeout_s, "launch_timeout_s")
+        return RayPending(self, "__init__", refs, self._timeout_s, "runtime.launch_timeout_s")
 
     def _free_port(self) -> int:
         try:
@@ -361,7 +361,7 @@ class RayGroup:
             actor.run.options(num_returns=2).remote(method, *args[rank], **kwargs)
             for rank, actor in enumerate(self._actors)
         ]
-        return RayPending(self, method, refs, self._timeout_s, "call_timeout_s")
+        return RayPending(self, method, refs, self._timeout_s, "runtime.call_timeout_s")
 
     def describe(self, rank: int) -> str:
         process = self.processes[rank]
@@ -372,8 +372,7 @@ class RayGroup:
     def close(self, *, graceful: bool = True) -> None:
         try:
             if graceful and self._actors:
-                refs = [actor.close_worker.options(num_returns=2).remote() for actor in self._actors]
-                RayPending(self, "close", refs, _CLOSE_S, "the limit for closing").check()
+                self._close_workers()
         finally:
             actors, self._actors = self._actors, []
             for actor in actors:
@@ -382,6 +381,14 @@ class RayGroup:
                 if process_state(process) == "stopped":  # it cannot hear Ray
                     os.kill(process.pid, signal.SIGKILL)
             remove_placement_group(self.place)
+
+    def _close_workers(self) -> None:
+        """Let every worker close. One that is slow, or dies of it, has done its work: its run is not failed for it."""
+        refs = [actor.close_worker.options(num_returns=2).remote() for actor in self._actors]
+        try:
+            RayPending(self, "close", refs, _CLOSE_S, "the limit for closing").check()
+        except (CallTimeoutError, DeadWorkerError) as error:
+            log.warning("%s\nthe group had finished its work; its processes are killed", error)
 
 
 def _shared(value: Any) -> Any:
@@ -524,7 +531,7 @@ class RayPending:
     def _raise_late(self, ranks: Sequence[int], limit_s: float) -> NoReturn:
         parts = [
             f"group {self._group.name!r}: no answer to {self._method}() from rank "
-            f"{', '.join(map(str, ranks))} of {self._group.size} within {limit_s:g} s (runtime.{self._limit})"
+            f"{', '.join(map(str, ranks))} of {self._group.size} within {limit_s:g} s ({self._limit})"
         ]
         for rank in ranks:
             process = self._group.processes[rank]

@@ -22,59 +22,67 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from rlhf.checkpoint import (
     Checkpoint,
     CheckpointError,
     RunInUseError,
+    check_space,
     find_checkpoint,
-    flush_to_disk,
+    is_disk_full,
     run_lock,
 )
 from rlhf.console import Console
-from rlhf.data import PromptDataset, SftDataset, load_prompts, load_sft, num_steps, step_rows
+from rlhf.data import num_steps, rows_from
 from rlhf.faults import fault_point
-from rlhf.models import context_length, generation_stop_ids, load_tokenizer
+from rlhf.models import load_tokenizer
 from rlhf.recipe.load import Plan, dump_plan
 from rlhf.recipe.load import Stage as StagePlan
-from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig
-from rlhf.reward import Scorer
-from rlhf.rollout import SamplingParams
-from rlhf.runtime.groups import Groups, GroupSpec, launch
+from rlhf.recipe.outputs import MODEL_SECTIONS, resolve_outputs, start_stage
+from rlhf.recipe.schema import ModelConfig, Recipe
+from rlhf.runlog import flush_to_disk, write_atomically
+from rlhf.runtime.assemble import Objects, group_specs, load_datasets, make_roles, sampling_params
+from rlhf.runtime.earlier import finished_message, is_finished, run_directory
+from rlhf.runtime.groups import Groups, launch
+from rlhf.runtime.identity import check_identity, model_identity, tokenizer_identity
 from rlhf.tracking import Tracker
+from rlhf.trainers.distill import train_distill
+from rlhf.trainers.dpo import train_dpo
 from rlhf.trainers.grpo import train_grpo
-from rlhf.trainers.roles import Actor, Clock, Reference, Sampler
+from rlhf.trainers.kto import train_kto
+from rlhf.trainers.online_dpo import train_online_dpo
+from rlhf.trainers.ppo import train_ppo
+from rlhf.trainers.rejection import train_rejection
+from rlhf.trainers.rm import train_prm, train_rm
+from rlhf.trainers.roles import Clock
 from rlhf.trainers.sft import train_sft
 from rlhf.trainers.stage import Preempted, Stage
 
-METHODS: dict[str, Callable[[Stage], None]] = {"sft": train_sft, "grpo": train_grpo}
-WORKER = "rlhf.trainers.worker:Worker"
+METHODS: dict[str, Callable[[Stage], None]] = {
+    "sft": train_sft,
+    "rm": train_rm,
+    "prm": train_prm,
+    "ppo": train_ppo,
+    "grpo": train_grpo,
+    "dpo": train_dpo,
+    "kto": train_kto,
+    "online_dpo": train_online_dpo,
+    "rejection": train_rejection,
+    "distill": train_distill,
+}
 _STATUS = {Preempted: "preempted", KeyboardInterrupt: "interrupted"}
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 0, 1, 130, 143
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What the Python API hands over as objects instead of names in a recipe."""
-
-    model: Any = None
-    tokenizer: Any = None
-    train_rows: Sequence[Mapping[str, Any]] | None = None
-    eval_rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    reward_functions: Mapping[str, Callable] = field(default_factory=dict)
 
 
 def run_plan(plan: Plan, *, fresh: bool = False) -> int:
     """Run a plan from the command line. Returns a process exit code: 0 finished (now or before), 1 failed, 130
     interrupted, 143 preempted (SIGTERM; the state is saved).
     """
-    console, run_dir = Console(), _run_dir(plan)
+    console, run_dir = Console(), run_directory(plan)
     try:
         train_plan(plan, fresh=fresh, console=console)
         return EXIT_OK
@@ -101,7 +109,7 @@ def train_plan(plan: Plan, *, objects: Objects | None = None, fresh: bool = Fals
     With `fresh`, an earlier run of this name is moved aside first, never deleted. Raises whatever stopped the run, after
     its processes are gone; `Preempted` after SIGTERM.
     """
-    run_dir, console = _run_dir(plan), console or Console()
+    run_dir, console = run_directory(plan), console or Console()
     if fresh and run_dir.exists():
         with run_lock(run_dir):  # never from under a run that is alive
             move_aside(run_dir)
@@ -119,21 +127,14 @@ def _complain(console: Console, text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run_dir(plan: Plan) -> Path:
-    run = plan.stages[0].recipe.run
-    return Path(run.output_dir) / run.name
-
-
 def _run_stages(
     plan: Plan, run_dir: Path, objects: Objects, console: Console, asked_to_stop: Callable[[], bool]
 ) -> None:
-    resolved = dump_plan(plan)
-    if any(run_dir.glob("stages/*/*")):  # before the first checkpoint nothing binds the run to its recipe
-        _check_same_recipe(run_dir / "recipe.yaml", resolved)
-    if (run_dir / "finished.json").is_file():
-        console.say(f"{run_dir} is already finished; --fresh moves it aside and runs again")
+    if is_finished(plan):
+        console.say(finished_message(run_dir))
         return
-    _write_durably(run_dir / "recipe.yaml", resolved)
+    resolved = dump_plan(plan)
+    write_atomically(run_dir / "recipe.yaml", resolved, durable=True)
 
     remaining, offset = _stages_in_order(plan, run_dir), 0
     spans: list[tuple[StagePlan, int, int]] = []  # finished stages: first and last step
@@ -161,7 +162,10 @@ def _run_stages(
                 raise Preempted(f"stopped before stage {stage_plan.name!r}")
             folder = run_dir / "stages" / stage_plan.name
             model_dir = run_dir / "model" if stage_plan is remaining[-1] else folder / "model"
-            offset += _run_stage(stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop)
+            goes_on = start_stage([s.name for s in plan.stages].index(stage_plan.name), plan.stages) is not None
+            offset += _run_stage(
+                stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop, goes_on
+            )
             checkpoint = None
         tracker.add_facts({"model": run_dir / "model"})
         tracker.close("finished")
@@ -180,54 +184,69 @@ def _run_stage(
     tracker: Tracker,
     objects: Objects,
     asked_to_stop: Callable[[], bool],
+    goes_on: bool,
 ) -> int:
-    """Run one stage to its end and write its model. Returns its number of steps."""
+    """Run one stage to its end and write its model. Returns its number of steps. `goes_on`: it starts from the model of
+    an earlier stage."""
     recipe, trainer = plan.recipe, plan.recipe.trainer
     tokenizer = objects.tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
-    data, eval_sets = _load_data(recipe, tokenizer, objects)
-    scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
-    sampling, eval_sampling = _sampling(recipe, tokenizer, objects)
-    total_steps = trainer.steps or num_steps(len(data), epochs=trainer.epochs, rows_per_step=trainer.prompts_per_step)
+    data = load_datasets(recipe, tokenizer, objects)
+    sampling, eval_sampling = sampling_params(recipe, tokenizer, objects)
+    rows_per_step = trainer.prompts_per_step
+    total_steps = trainer.steps or num_steps(len(data.train), epochs=trainer.epochs, rows_per_step=rows_per_step)
     updates = total_steps * trainer.minibatches_per_step * trainer.passes_per_step
     tracker.begin_stage(
         plan.name, method=recipe.method, first_step=offset + 1, last_step=offset + total_steps
     )
-    for name, dataset in {"training set": data, **eval_sets}.items():
+    for name, dataset in data.named.items():
         left_out = [f"{n} {what}" for what, n in dataset.counts.items() if n and what != "kept"]
         if left_out:
             tracker.warn(f"{name}: {len(dataset)} rows kept, {', '.join(left_out)}".replace("_", " "))
-    step_rows(len(data), seed=recipe.run.seed, step=0, rows_per_step=trainer.prompts_per_step)  # enough for a step?
+    rows_from(len(data.train), seed=recipe.run.seed, position=0, count=rows_per_step)  # enough for a step?
+    identity = {
+        "model": model_identity(recipe.model, seed=recipe.run.seed, model=objects.model),
+        **_others_identity(recipe),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **{name: {"rows": dataset.fingerprint} for name, dataset in data.named.items()},
+    }
+    if checkpoint is not None:
+        for damaged in checkpoint.damaged:
+            tracker.warn(f"checkpoint {damaged.path} is damaged and passed over: {damaged.reason}")
+        check_identity(checkpoint, identity)
     tracker.phase("starting processes and loading models")
-    with launch(_specs(recipe, updates, objects), recipe.runtime) as groups:
-        clock, micro = Clock(), trainer.micro_batch_tokens
-        _report_exactness(recipe, [facts for group in groups.values() for facts in group.call("describe")], tracker)
+    with launch(group_specs(recipe, updates, objects), recipe.runtime) as groups:
+        clock = Clock()
+        described = [facts for group in groups.values() for facts in group.call("describe")]
+        _report_exactness(recipe, described, tracker)
+        check_space(
+            folder / "checkpoints",
+            checkpoint_bytes=max(d["checkpoint_bytes"] for d in described),
+            keep_last=recipe.run.keep_last,
+            model_bytes=max(d["model_bytes"] for d in described),
+        )
         stage = Stage(
             name=plan.name,
             recipe=recipe,
             folder=folder,
             offset=offset,
             total_steps=total_steps,
-            data=data,
-            eval_sets=eval_sets,
-            actor=Actor(groups.for_role("actor"), clock, micro_batch_tokens=micro),
-            reference=(
-                Reference(groups.for_role("reference"), clock, micro_batch_tokens=micro)
-                if "reference" in recipe.roles
-                else None
-            ),
-            sampler=_sampler(recipe, groups, clock, tokenizer),
-            scorer=scorer,
+            data=data.train,
+            eval_sets=data.eval_sets,
+            eval_pairs=data.eval_pairs,
+            ptx_data=data.ptx,
+            prompt_data=data.prompts,
+            gold=data.gold,
             tracker=tracker,
             clock=clock,
             sampling=sampling,
             eval_sampling=eval_sampling,
-            fingerprint={"data": data.fingerprint},
+            identity=identity,
+            evaluated=goes_on,
+            export=lambda folder: _export(groups, folder),
             should_stop=asked_to_stop,
+            **make_roles(recipe, groups, clock, tokenizer, objects),
         )
         if checkpoint is not None:
-            for damaged in checkpoint.damaged:
-                tracker.warn(f"checkpoint {damaged.path} is damaged and passed over: {damaged.reason}")
-            _check_fingerprint(checkpoint, stage.fingerprint)
             stage.resume(checkpoint)
         METHODS[recipe.method](stage)
         _export(groups, model_dir)
@@ -236,102 +255,17 @@ def _run_stage(
     return total_steps
 
 
-# -- parts of a stage -----------------------------------------------------------------------------------------------
-
-
-def _load_data(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[PromptDataset | SftDataset, dict[str, PromptDataset]]:
-    """The training set and the evaluation sets, every row checked."""
-    if objects.model is not None:
-        context = objects.model.config.get_text_config().max_position_embeddings
-    else:
-        context = context_length(recipe.model)
-    response = recipe.evaluation.max_response_tokens or recipe.rollout.max_response_tokens
-    evals = {
-        name: load_prompts(
-            config,
-            tokenizer,
-            name=name,
-            max_context=_room(context, response, "evaluation" if recipe.evaluation.max_response_tokens else "rollout"),
-            rows=objects.eval_rows.get(name),
-        )
-        for name, config in recipe.evaluation.sets.items()
+def _others_identity(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Of the models beside the one that is trained."""
+    sections = {name: getattr(recipe, name) for name in MODEL_SECTIONS if name != "model"}
+    return {
+        name.replace("_", " "): model_identity(ModelConfig(path=section.path), seed=recipe.run.seed, model=None)
+        for name, section in sections.items()
+        if section is not None and section.path is not None
     }
-    if recipe.method == "sft":
-        data = load_sft(recipe.data, tokenizer, name="train", max_context=context, rows=objects.train_rows)
-        return data, evals
-    room = _room(context, recipe.rollout.max_response_tokens, "rollout")
-    return load_prompts(recipe.data, tokenizer, name="train", max_context=room, rows=objects.train_rows), evals
 
 
-def _room(context: int, response_tokens: int, section: str) -> int:
-    if response_tokens >= context:
-        raise ValueError(
-            f"{section}.max_response_tokens={response_tokens} leaves no room for a prompt in the model's context of "
-            f"{context} tokens; lower it"
-        )
-    return context - response_tokens
-
-
-def _sampling(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[SamplingParams, SamplingParams]:
-    """Sampling for training and for evaluation, with the stop texts of the recipe as token ids."""
-    r, e = recipe.rollout, recipe.evaluation
-    stop_ids = [tokenizer.eos_token_id, *generation_stop_ids(recipe.model, objects.model)]
-    for text in r.stop:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(f"rollout.stop: {text!r} is {len(ids)} tokens; a stop must be one token of the vocabulary")
-        stop_ids.append(ids[0])
-    unique = tuple(dict.fromkeys(stop_ids))
-    train = SamplingParams(
-        temperature=r.temperature,
-        top_k=r.top_k,
-        top_p=r.top_p,
-        max_tokens=r.max_response_tokens,
-        stop_ids=unique,
-    )
-    evaluation = SamplingParams(
-        temperature=e.temperature,
-        max_tokens=e.max_response_tokens or r.max_response_tokens,
-        stop_ids=unique,
-    )
-    return train, evaluation
-
-
-def _specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpec]:
-    groups = recipe.groups
-    if not recipe.placement and torch.cuda.is_available():  # one group with every role, on the GPU if there is one
-        groups = {name: group.model_copy(update={"gpus": 1}) for name, group in groups.items()}
-    processes = sum(g.num_processes for g in groups.values()) if recipe.runtime.backend == "ray" else 1
-    threads = recipe.runtime.threads or max(1, (os.cpu_count() or 1) // processes)
-    return [
-        GroupSpec(
-            name=name,
-            roles=tuple(group.roles),
-            num_processes=group.num_processes,
-            gpus=group.gpus,
-            worker=WORKER,
-            kwargs={
-                "recipe": recipe,
-                "roles": tuple(group.roles),
-                "threads": threads,
-                "total_updates": updates,
-                "model": objects.model,
-                "tokenizer": objects.tokenizer,
-            },
-            threads=threads,
-        )
-        for name, group in groups.items()
-    ]
-
-
-def _sampler(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any) -> Sampler | None:
-    if "rollout" not in recipe.roles:
-        return None
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    return Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
+# -- parts of a stage -----------------------------------------------------------------------------------------------
 
 
 def _report_exactness(recipe: Recipe, described: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
@@ -356,7 +290,17 @@ def _export(groups: Groups, model_dir: Path) -> None:
     """Write the model beside its place and rename it, so that a folder by that name is always whole."""
     partial = model_dir.with_name(model_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    groups.for_role("actor").call("export", str(partial))
+    try:
+        groups.for_role("actor").call("export", str(partial))
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(model_dir.parent).free
+        raise CheckpointError(
+            f"no space for the model in {model_dir.parent}: {free / 1e9:.3f} GB are free. The training is done and saved: "
+            "free some space and run the same command again"
+        ) from error
     fault_point("stage.export")
     for file in [*partial.rglob("*"), partial]:
         flush_to_disk(file)
@@ -369,85 +313,16 @@ def _export(groups: Groups, model_dir: Path) -> None:
 
 
 def _stages_in_order(plan: Plan, run_dir: Path) -> list[StagePlan]:
-    """The stages, each starting from the model of the one before unless it names a model of its own."""
-    stages = list(plan.stages)
-    for i in range(1, len(stages)):
-        before, here = plan.stages[i - 1], plan.stages[i]
-        if (here.recipe.model.path, here.recipe.model.build) != (before.recipe.model.path, before.recipe.model.build):
-            continue
-        folder = str(run_dir / "stages" / before.name / "model")
-        model = ModelConfig(**(here.recipe.model.model_dump() | {"path": folder, "build": None, "trust_code": None}))
-        recipe = here.recipe.model_copy(update={"model": model, "tokenizer": TokenizerConfig()})
-        stages[i] = StagePlan(here.name, recipe)
-    return stages
+    """The stages, with the folders of what they take from earlier ones."""
+    stages = plan.stages
 
+    def folder_of(name: str) -> Path:
+        return run_dir / "stages" / name
 
-# Changing these between two runs of the same command does not change what the run computes.
-# Where a different number of processes or cut of the batch changes the rounding, the curve stays within 1e-5.
-_MAY_CHANGE = (
-    "tracking",
-    "placement",
-    "run.save_every",
-    "run.keep_last",
-    "run.output_dir",
-    "runtime.backend",
-    "runtime.launch_timeout_s",
-    "runtime.call_timeout_s",
-    "runtime.weight_transport",
-    "runtime.bucket_mb",
-    "runtime.ray_address",
-    "rollout.page_tokens",
-    "rollout.cache_tokens",
-    "rollout.max_batch_tokens",
-    "rollout.max_sequences",
-    "rollout.prefix_cache",
-    "trainer.micro_batch_tokens",
-    "trainer.zero_stage",
-    "trainer.offload_optimizer",
-)
-
-
-def _check_same_recipe(path: Path, resolved: str) -> None:
-    changed = changed_keys(path.read_text(), resolved) if path.is_file() else []
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a run of another recipe ({'; '.join(changed)}); choose another run.name, or --fresh to "
-            "move that run aside"
-        )
-
-
-def changed_keys(before_yaml: str, now_yaml: str) -> list[str]:
-    """The keys in which two resolved recipes compute different things: "key: before -> now"."""
-    before, now = _flat(yaml.safe_load(before_yaml)), _flat(yaml.safe_load(now_yaml))
     return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _may_change(key)
+        StagePlan(stage.name, resolve_outputs(stage.recipe, start_stage(i, stages), folder_of))
+        for i, stage in enumerate(stages)
     ]
-
-
-def _may_change(key: str) -> bool:
-    parts = key.split(".")
-    if parts[0] == "stages":
-        parts = parts[2:]
-    path = ".".join(parts)
-    return any(path == free or path.startswith(f"{free}.") for free in _MAY_CHANGE)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def _check_fingerprint(checkpoint: Any, fingerprint: Mapping[str, str]) -> None:
-    for name, now in fingerprint.items():
-        before = checkpoint.meta["fingerprint"].get(name)
-        if before != now:
-            raise CheckpointError(
-                f"the {name} changed since {checkpoint.path} was saved (fingerprint {before} then, {now} now); restore it, or "
-                "start a new run under another run.name"
-            )
 
 
 def move_aside(run_dir: Path) -> Path | None:
@@ -461,17 +336,7 @@ def move_aside(run_dir: Path) -> Path | None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write_durably(path, json.dumps(value, indent=1))
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Whole and on the disk, or not there at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    flush_to_disk(partial)
-    partial.rename(path)
-    flush_to_disk(path.parent)
+    write_atomically(path, json.dumps(value, indent=1), durable=True)
 
 
 class _SigtermFlag:

@@ -71,17 +71,21 @@ def test_values_of_mixed_type_stay_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "config", "message"),
     [
-        ("row.jsonl", {}, r"does not exist \(did you mean 'rows.jsonl'\?\); looked in"),
-        ("nowhere/rows.jsonl", {}, "does not exist, nor does its folder"),
+        ("row.jsonl", {}, r"does not exist; did you mean '.*/rows.jsonl'\? looked in"),
+        ("nowhere/rows.jsonl", {}, "does not exist; nor does its folder"),
         ("rows.txt", {}, "ends in '.txt'; can read .jsonl, .json, .parquet, .csv"),
         ("empty.jsonl", {}, "empty.jsonl holds no rows"),
         ("broken.json", {}, "broken.json' is not valid JSON: "),
         ("broken.parquet", {}, "broken.parquet' is not readable as parquet: "),
         ("plain", {}, "is a folder, but not one written by datasets.save_to_disk"),
-        ("rows.jsonl", {"split": "test"}, "one file without parts, but subset=None, split='test' is set"),
-        ("rows.jsonl", {"task_args": {"count": 1}}, "task_args={'count': 1} is for a built-in task"),
+        (
+            "rows.jsonl",
+            {"split": "test"},
+            "data.split: 'test' is set, but .* is one file without parts; remove it",
+        ),
+        ("rows.jsonl", {"task_args": {"count": 1}}, "data.task_args: {'count': 1} is for a built-in task"),
         ("saved", {"split": "test"}, "holds one set without splits"),
-        ("splits", {"split": "tset"}, "split='tset' is not in .*; it has test, train"),
+        ("splits", {"split": "tset"}, r"data.split: 'tset' is not in .*; it has test, train"),
     ],
 )
 def test_a_wrong_source_is_named(tmp_path: Path, path: str, config: dict, message: str) -> None:

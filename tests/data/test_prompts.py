@@ -189,7 +189,7 @@ def test_a_template_that_raises_or_reaches_out_is_a_bad_row() -> None:
 
 
 def test_no_chat_template_is_named(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="chat_template is true, but the tokenizer has none"):
+    with pytest.raises(ValueError, match="chat_template is true, but the tokenizer has no chat template"):
         _load(tokenizer, [{"prompt": "hi"}], chat_template=True)
 
 
@@ -203,14 +203,14 @@ def test_messages_without_chat_template_are_named(tokenizer: Any) -> None:
 
 def test_a_missing_column_lists_the_columns(tokenizer: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"'train' has no column 'prompt' \(data.prompt_column\).*it has answer, question"
+        ValueError, match=r"data.prompt_column: the dataset has no column 'prompt'; it has answer, question"
     ):
         _load(tokenizer, [{"question": "x", "answer": "y"}])
     with pytest.raises(
-        ValueError, match=r"no column 'qestion' \(data.prompt_template\) \(did you mean 'question'\?\)"
+        ValueError, match=r"data.prompt_template: .* no column 'qestion'; did you mean 'question'\?"
     ):
         _load(tokenizer, [{"question": "x", "answer": "y"}], prompt_template="{qestion}")
-    with pytest.raises(ValueError, match=r"no column 'response' \(data.response_column\)"):
+    with pytest.raises(ValueError, match=r"data.response_column: .* no column 'response'"):
         _sft(tokenizer, [{"prompt": "x"}])
 
 

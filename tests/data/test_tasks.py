@@ -16,8 +16,30 @@ from rlhf.reward.gsm8k import final_number
 chain_arithmetic = TASKS["chain_arithmetic"]
 
 GOLDEN = [
-    {"id": "train/0", "prompt": "9-7+4+4=", "answer": "10", "response": "9-7=2 2+4=6 6+4=10####10"},
-    {"id": "train/1", "prompt": "9+3+3+5=", "answer": "20", "response": "####17"},
+    {
+        "id": "train/0",
+        "prompt": "9-7+4+4=",
+        "answer": "10",
+        "response": "9-7=2 2+4=6 6+4=10####10",
+        "chosen": "9-7=2 2+4=6 6+4=10####10",
+        "rejected": "####13",
+        "judged": "9-7=2 2+4=6 6+4=10####10",
+        "label": True,
+        "completions": ["9-7=2 ", "2+4=6 ", "6+4=10 "],
+        "labels": [True, True, True],
+    },
+    {
+        "id": "train/1",
+        "prompt": "9+3+3+5=",
+        "answer": "20",
+        "response": "####17",
+        "chosen": "9+3=12 12+3=15 15+5=20####20",
+        "rejected": "9+3=9 9+3=12 12+5=17####17",
+        "judged": "9+3=12 12+3=15 15+5=20####20",
+        "label": True,
+        "completions": ["9+3=12 ", "12+3=15 ", "15+5=20 "],
+        "labels": [True, True, True],
+    },
 ]
 
 
@@ -53,6 +75,24 @@ def test_rows_are_right(terms: int, ops: str, seed: int, split: str) -> None:
         ]
         assert work == ends
         assert set(row["prompt"] + row["response"]) <= set(BuildTokenizerConfig().alphabet)
+
+
+def test_pairs_labels_and_steps_are_true() -> None:
+    """Catches: a slip that changes nothing, a right answer called wrong, steps of another answer than the judged one,
+    only one kind of mistake, and labels that begin to be wrong a step too late."""
+    rows = chain_arithmetic(count=300, terms=5)
+    guesses = [row["rejected"].startswith("####") for row in rows]
+    assert 0.4 < sum(guesses) / 300 < 0.6 and 0.4 < sum(row["label"] for row in rows) / 300 < 0.6
+    for row, guess in zip(rows, guesses, strict=True):
+        assert final_number(row["chosen"]) == int(row["answer"]) != final_number(row["rejected"])
+        assert row["judged"] == row["chosen" if row["label"] else "rejected"]
+        steps = "".join(row["completions"]).rstrip()
+        assert row["judged"].startswith(steps + "####") or (guess and not row["label"])
+        worked = row["chosen"].partition("####")[0].split(" ")
+        same = [step.rstrip() == right for step, right in zip(row["completions"], worked, strict=True)]
+        assert row["labels"] == same  # a slip is carried on: later steps differ too
+        assert all(same) == row["label"]
+        assert set(row["rejected"] + steps) <= set(BuildTokenizerConfig().alphabet)
 
 
 def test_rows_are_these() -> None:
@@ -108,16 +148,21 @@ def test_the_lazy_share_is_wrong_without_working_and_moves_nothing_else() -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, "count must be given"),
-        ({"count": 5, "term": 3}, "term is not an argument; there are count, split, terms"),
-        ({"count": 0}, "count=0: Input should be greater than 0"),
-        ({"count": 5, "terms": 1, "ops": "*"}, r"terms=1: .*; ops='\*': "),
-        ({"count": 5, "split": "test"}, "split='test': Input should be 'train' or 'eval'"),
-        ({"count": 5, "lazy_frac": 1.5}, "lazy_frac=1.5"),
-        ({"count": 5, "split": "eval", "lazy_frac": 0.5}, "lazy_frac=0.5 is for split=train"),
+        ({}, "count: task chain_arithmetic needs it"),
+        ({"count": 5, "trems": 3}, r"trems: .* no such argument; did you mean terms\?"),
+        ({"count": 5, "wxyz": 3}, "wxyz: .* no such argument; it has count, split, terms"),
+        ({"count": 0}, "count: 0 is not above 0"),
+        ({"count": 5, "terms": 1, "ops": "*"}, r"terms: 1 is not at least 2; ops: '\*' is not one of"),
+        ({"count": 5, "split": "test"}, "split: 'test' is not one of train, eval"),
+        ({"count": 5, "lazy_frac": 1.5}, "lazy_frac: 1.5 is not at most 1"),
+        ({"count": 5, "split": "eval", "lazy_frac": 0.5}, "lazy_frac=0.5 is for split: train"),
         (
             {"count": 1000, "terms": 2},
-            r"count=1000, but only \d+ different chains .*; lower count or raise terms",
+            "count=1000, but .* make 162 chains at most; lower count or raise terms",
+        ),
+        (
+            {"count": 150, "terms": 2},
+            r"count=150, but only \d+ different chains .*; lower count or raise terms",
         ),
     ],
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from rlhf.checkpoint import CheckpointError, run_lock
 from rlhf.recipe.load import plan_from_dict
-from rlhf.runtime.run import changed_keys, train_plan
-from tests.e2e.running import assert_same_run, records
+from rlhf.runtime.earlier import changed_keys
+from rlhf.runtime.run import train_plan
+from tests.e2e.running import assert_same_run, digest, records
 
 
 def test_run_leaves_everything_behind(tiny, train):
@@ -61,31 +63,82 @@ def test_sampler_and_trainer_agree_in_every_form(tiny, train, overrides):
     assert grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]  # the policy moved, and away from the reference
 
 
-def test_killed_eight_times_is_the_uninterrupted_run(tiny, train):
-    """Would catch: any state that a checkpoint forgets (moments, position, version, records written twice or lost)."""
-    done, whole = train(tiny, name="whole")
+# One run is killed at each of these, in order: (point, step).
+KILLED_AT = {
+    "between": (
+        *(("train.backward", 2), ("checkpoint.before_rename", 4), ("stage.export", 4), ("rollout.mid", 6)),
+        *(("checkpoint.after_rename", 8), ("track", 9), ("checkpoint.delete_old", 10), ("stage.finished", "*")),
+    ),
+    "within a step": (
+        *(("optimizer.before", 1), ("optimizer.after", 4), ("publish.mid", 5)),
+        *(("reward.mid", 7), ("train.backward", 8), ("optimizer.after", 9), ("publish.mid", 10)),
+    ),
+}
+
+
+def test_full_disk_then_another_start_is_the_uninterrupted_run(tiny, train, whole):
+    """Would catch: a full disk that damages the checkpoint before it, leaves half of one, or hides what is missing."""
+    done, run_dir = train(tiny, name="full", faults="checkpoint.write@8=enospc")
+    shown = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 1 and "no space for a checkpoint" in shown and "GB are free" in shown, shown
+    saved = sorted(p.name for p in (run_dir / "stages" / "grpo" / "checkpoints").iterdir())
+    assert saved == ["step-00000002"]  # the stage's own count
+    done, run_dir = train(tiny, name="full")
     assert done.returncode == 0, done.stdout + done.stderr
-    points = (
-        "train.backward@2=kill9",
-        "checkpoint.before_rename@4=kill9",
-        "stage.export@4=kill9",
-        "rollout.mid@6=kill9",
-        "checkpoint.after_rename@8=kill9",
-        "track@9=kill9",
-        "checkpoint.delete_old@10=kill9",
-        "stage.finished=kill9",
-    )
-    for point in points:
-        done, killed = train(tiny, name="killed", faults=point)
-        assert done.returncode == -9, (point, done.returncode, done.stdout + done.stderr)
+    assert_same_run(whole, run_dir)
+
+
+def test_changed_data_or_model_is_refused_when_a_run_goes_on(tiny, train, tmp_path):
+    """Would catch: a curve of two evaluation sets, or an optimiser that goes on with another model's weights."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows)))
+    tiny["evaluation"]["sets"] = {"sums": {"path": str(held_out)}}
+    done, run_dir = train(tiny, faults="track@8=kill9")
+    assert done.returncode == -9, done.stdout + done.stderr
+    held_out.write_text("\n".join(map(json.dumps, rows[::-1])))
+    with open(run_dir / "stages" / "warmup" / "model" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    done, run_dir = train(tiny)
+    shown = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in shown, shown
+    for text in ("evaluation set 'sums': rows", "model: model.safetensors", "another run.name"):
+        assert text in shown, shown
+
+
+@pytest.mark.parametrize("points", KILLED_AT.values(), ids=KILLED_AT)
+def test_killed_again_and_again_is_the_uninterrupted_run(tiny, train, whole, points):
+    """Would catch: any state that a checkpoint forgets (moments, position, version, records written twice or lost)."""
+    for point, step in points:
+        done, killed = train(tiny, name="killed", faults=f"{point}@{step}=kill9")
+        assert done.returncode == -9, (point, step, done.returncode, done.stdout + done.stderr)
     done, killed = train(tiny, name="killed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(whole, killed)
 
 
-def test_sigterm_saves_and_says_preempted(tiny, train):
+def test_steps_without_a_token_to_learn_from_move_nothing(tiny, train):
+    """Would catch: zero gradients that Adam's momentum turns into updates; a count that a resume forgets; a stop for
+    non-finite steps that were none. One token is too short for any answer, and unfinished answers are masked."""
+    tiny["stages"]["grpo"] |= {"rollout": {"max_response_tokens": 1, "top_k": 1}}
+    tiny["stages"]["grpo"]["algorithm"]["mask_truncated"] = True
+    done, run_dir = train(tiny, faults="track@8=kill9")
+    assert done.returncode == -9, done.stdout + done.stderr
+    assert "no token counts in its loss" in " ".join((done.stdout + done.stderr).split())
+    done, run_dir = train(tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
+    assert [r["robust/skipped_steps"] for r in grpo] == [1, 2, 3, 4, 5, 6]
+    assert [(r["rollout/masked_frac"], r["weights/version"], r["policy/grad_norm"]) for r in grpo] == [(1, 0, 0)] * 6
+    masked = {r["masked"] for r in records(run_dir, "samples.jsonl")}
+    assert masked == {"the response did not end by itself (finish_reason='length')"}
+    weights = [digest(run_dir / name / "model.safetensors") for name in ("model", "stages/warmup/model")]
+    assert weights[0] == weights[1]
+
+
+def test_sigterm_saves_and_says_preempted(tiny, train, whole):
     """Would catch: a preempted job that loses its steps since the last checkpoint, or that looks finished."""
-    done, whole = train(tiny, name="whole")
     done, run_dir = train(tiny, name="stopped", faults="train.forward@7=term")
     assert done.returncode == 143, done.stdout + done.stderr
     assert records(run_dir)[-1]["step"] == 7
@@ -128,11 +181,9 @@ def test_another_recipe_in_the_same_directory_is_refused(tiny, train):
 
 
 @pytest.mark.ray
-def test_ray_run_is_bitwise_the_local_run(tiny, train):
+def test_ray_run_is_bitwise_the_local_run(tiny, train, whole):
     """Would catch: numbers that depend on where a role lives: weights that arrive changed, another thread count,
     another order of results."""
-    done, local = train(tiny, name="local")
-    assert done.returncode == 0, done.stdout + done.stderr
     spread = tiny | {
         "placement": {
             "train": {"roles": ["actor"]},
@@ -143,7 +194,7 @@ def test_ray_run_is_bitwise_the_local_run(tiny, train):
     }
     done, ray = train(spread, name="spread")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_run(local, ray)
+    assert_same_run(whole, ray)
 
 
 @pytest.mark.ray
@@ -168,16 +219,15 @@ def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
 
 
 @pytest.mark.ray
-def test_two_trainer_processes_give_the_same_curve(tiny, train):
+def test_two_trainer_processes_give_the_same_curve(tiny, train, whole):
     """Would catch: a denominator or an average that depends on the number of processes."""
-    done, local = train(tiny, name="local")
     two = tiny | {
         "placement": {"train": {"roles": ["actor"], "processes": 2}, "rest": {"roles": ["reference", "rollout"]}},
         "runtime": {"backend": "ray", "threads": 1},
     }
     done, ray = train(two, name="two")
     assert done.returncode == 0, done.stdout + done.stderr
-    for a, b in zip(records(local), records(ray), strict=True):
+    for a, b in zip(records(whole), records(ray), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"stage"}:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)

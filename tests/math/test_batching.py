@@ -12,9 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.batching import (
+    LabelExample,
+    PreferenceExample,
     SftExample,
+    StepExample,
     make_batch,
+    make_label_batch,
+    make_preference_batch,
     make_sft_batch,
+    make_step_batch,
     pack,
     plan_micro_batches,
     split_minibatches,
@@ -107,6 +113,68 @@ def test_sft_learns_the_response_only() -> None:
     assert batch.rewards is None and batch.rollout_logprobs is None
 
 
+def test_sft_learns_only_what_the_mask_marks() -> None:
+    """Would catch: loss on the user's turns of a chat, a mask that counts from the prompt, an example that is counted
+    without a token to learn.
+    """
+    chat = SftExample("a", (1, 2), (3, 4, 5, 6), (True, False, False, True))
+    batch = make_sft_batch([chat, SftExample("b", (1,), (5,))])
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]]
+    assert torch.equal(batch.response_mask, batch.loss_mask)
+    assert batch.attention_mask.sum(-1).tolist() == [6, 2]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (3, 2)
+    for empty in (SftExample("c", (1, 2), (3,), (False,)), SftExample("c", (1, 2), ())):
+        with pytest.raises(ValueError, match="sample 'c' has no token to learn"):
+            make_sft_batch([chat, empty])
+
+
+def test_pairs_stand_chosen_first_and_share_a_group() -> None:
+    """Would catch: chosen and rejected exchanged, the margin on one row only or NaN, pairs counted instead of rows."""
+    pairs = [
+        PreferenceExample("a", (1, 2), (3,), (4, 5), 0.5),
+        PreferenceExample("b", (6,), (7, 8, 9), (8,), None),
+    ]
+    batch = make_preference_batch(pairs)
+    assert batch.sample_ids == ("a/chosen", "a/rejected", "b/chosen", "b/rejected")
+    assert batch.token_ids.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [6, 7, 8, 9], [6, 8, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]
+    assert batch.group_ids.tolist() == [0, 0, 1, 1]
+    assert batch.labels.tolist() == [1, -1, 1, -1] and batch.labels.dtype == torch.float32
+    assert batch.margins.tolist() == [0.5, 0.5, 0, 0] and batch.margins.dtype == torch.float32
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (7, 4)
+    second = split_minibatches(batch, 2, by_groups=True)[1]
+    assert second.labels.tolist() == [1, -1] and second.num_loss_sequences == 2
+    with pytest.raises(ValueError, match="sample 'c/rejected' has no token to learn"):
+        make_preference_batch([PreferenceExample("c", (1,), (2,), (), None)])
+    with pytest.raises(ValueError, match="batch of 0 samples"):
+        make_preference_batch([])
+
+
+def test_labels_are_signs() -> None:
+    """Would catch: undesirable as 0, which a loss that multiplies by the label would leave out."""
+    batch = make_label_batch([LabelExample("a", (1,), (2, 3), True), LabelExample("b", (1, 4), (5,), False)])
+    assert batch.labels.tolist() == [1, -1]
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1], [0, 0, 1]]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (3, 2)
+
+
+def test_step_labels_stand_at_the_ends_of_steps() -> None:
+    """Would catch: labels counted from the sequence's beginning, a loss on tokens inside a step, steps miscounted."""
+    steps = [
+        StepExample("a", (1, 2), (3, 4, 5), (0, 2), (1.0, 0.0)),
+        StepExample("b", (1,), (6,), (0,), (0.25,)),
+    ]
+    batch = make_step_batch(steps)
+    nan = -1.0
+    assert batch.token_labels.nan_to_num(nan).tolist() == [[nan, nan, 1, nan, 0], [nan, 0.25, nan, nan, nan]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert (batch.num_loss_tokens, batch.num_loss_sequences) == (3, 2)
+    assert batch.select([1]).token_labels.shape == (1, 2)
+    with pytest.raises(AssertionError, match="step_ends"):
+        make_step_batch([StepExample("c", (1,), (2,), (1,), (1.0,))])
+
+
 def test_bad_records_are_refused() -> None:
     """Would catch: an empty prompt, whose first response token has no log-prob, found only on the device."""
     with pytest.raises(ValueError, match="batch of 0 samples"):
@@ -163,10 +231,38 @@ def test_a_plan_is_short_and_balanced(lengths: list[int], processes: int) -> Non
     assert max(totals) - min(totals) <= max(lengths)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 12)), max_size=40),
+    st.integers(1, 5),
+    st.integers(1, 120),
+)
+def test_a_plan_never_parts_a_unit(rows: list[tuple[int, int]], processes: int, max_tokens: int) -> None:
+    """Would catch: a pair whose rows land in two micro-batches, which a loss on pairs cannot see together; a budget
+    that counts one row of a unit; a unit per row planned otherwise than rows without units.
+    """
+    lengths, units = [length for length, _ in rows], [unit for _, unit in rows]
+    settings = {"num_processes": processes, "max_tokens": max_tokens}
+    plan = plan_micro_batches(lengths, units=units, **settings)
+    micros = [micro for process in plan for micro in process]
+    assert sorted(row for micro in micros for row in micro) == list(range(len(rows)))
+    assert all(micro == sorted(micro) for micro in micros)
+    assert len(plan) == processes and len({len(process) for process in plan}) == 1 and len(plan[0]) >= 1
+    inside = [{units[row] for row in micro} for micro in micros]
+    assert sum(map(len, inside)) == len(set(units))
+    assert all(
+        sum(lengths[r] for r in micro) <= max_tokens or len(its) == 1
+        for micro, its in zip(micros, inside, strict=True)
+    )
+    alone = [7 * row for row in range(len(rows))]
+    assert plan_micro_batches(lengths, units=alone, **settings) == plan_micro_batches(lengths, **settings)
+
+
 def test_a_plan_refuses_nonsense() -> None:
-    """Would catch: an endless loop on a budget of 0."""
+    """Would catch: an endless loop on a budget of 0, units of another batch."""
     with pytest.raises(ValueError, match="max_tokens=0"):
         plan_micro_batches([1], num_processes=1, max_tokens=0)
+    with pytest.raises(ValueError, match="1 units for 2 lengths"):
+        plan_micro_batches([1, 2], num_processes=1, max_tokens=4, units=[0])
 
 
 @given(seed=st.integers(0, 10_000))

@@ -1,5 +1,5 @@
-"""k1, k2, k3: exact expectations over a small vocabulary, values against the formula, and what the limits
-do.
+"""The estimators: exact expectations over a small vocabulary, values against the formula, and what the limits do. The
+rule that adapts a KL's weight.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
+from rlhf.kl import KL_ESTIMATORS, adaptive_kl_coef, kl_k1, kl_k2, kl_k3, kl_k3_k2
 
 FORMULAS = {
     "k1": lambda d: d,
     "k2": lambda d: d * d / 2,
     "k3": lambda d: math.exp(-d) - 1 + d,
+    "k3_k2": lambda d: math.exp(-d) - 1 + d,
 }
 
 
@@ -41,10 +42,11 @@ def test_value_and_gradient_follow_the_formula(name: str) -> None:
     torch.testing.assert_close(
         KL_ESTIMATORS[name](policy, reference), torch.tensor(want, dtype=torch.float64)
     )
-    assert torch.autograd.gradcheck(KL_ESTIMATORS[name], (policy, reference))
+    if name != "k3_k2":  # whose gradient is not its value's
+        assert torch.autograd.gradcheck(KL_ESTIMATORS[name], (policy, reference))
 
 
-@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3, kl_k3_k2])
 def test_k1_and_k3_are_unbiased(estimator, policies) -> None:
     """Would catch: an estimator of KL(reference || policy) under the name of KL(policy || reference)."""
     logits, reference = policies
@@ -73,6 +75,7 @@ def test_expected_gradients_are_those_documented(policies) -> None:
     )
     torch.testing.assert_close(_expected_gradient(kl_k2, logits, reference), reverse)
     torch.testing.assert_close(_expected_gradient(kl_k3, logits, reference), forward)
+    torch.testing.assert_close(_expected_gradient(kl_k3_k2, logits, reference), reverse)
 
 
 @given(st.floats(-200, 0, width=32), st.floats(-200, 0, width=32))
@@ -102,3 +105,34 @@ def test_limits_cut_k1_and_k3_but_never_the_gradient_of_k2_within_20() -> None:
     assert kl_k3(policy, reference).tolist() == [[10.0, 10.0]]
     kl_k2(policy, reference).sum().backward()
     assert policy.grad.tolist() == [[-7.0, 19.0]]
+
+
+@given(st.floats(-15, 0), st.floats(-15, 0))
+def test_k3_k2_has_the_very_value_of_one_and_the_very_gradient_of_the_other(
+    policy: float, reference: float
+) -> None:
+    """Would catch: the two swapped, a gradient of both, a value off by rounding, k3's limit on k2's gradient."""
+    p, r = torch.tensor([[policy]], requires_grad=True), torch.tensor([[reference]])
+    value = kl_k3_k2(p, r)
+    assert value.item() == kl_k3(p, r).item()
+    gradients = [torch.autograd.grad(x.sum(), p)[0] for x in (value, kl_k2(p, r))]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("kl", "want"), [(6.0, 0.1), (6.6, 0.1 * 1.0064), (60.0, 0.1 * 1.0128), (0.0, 0.1 * 0.9872)]
+)
+def test_the_weight_follows_the_kl(kl: float, want: float) -> None:
+    """Would catch: a step the wrong way, an error that is not limited to 20 %, samples and horizon swapped.
+
+    The numbers: 1 + 0.1 * 640 / 10000 = 1.0064, and 1 +- 0.2 * 0.064.
+    """
+    got = adaptive_kl_coef(0.1, kl, kl_target=6.0, kl_horizon=10_000.0, num_samples=640)
+    assert got == pytest.approx(want)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_the_weight_does_not_follow_a_kl_that_is_not_finite(kl: float) -> None:
+    """Would catch: a weight of NaN from then on, or +20 % each step."""
+    with pytest.raises(ValueError, match="kl_coef=0.1 cannot follow a KL that is not finite"):
+        adaptive_kl_coef(0.1, kl, kl_target=6.0, kl_horizon=10_000.0, num_samples=640)

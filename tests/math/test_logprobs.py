@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import rlhf.models.attention  # noqa: F401  (registers the attention implementation "rlhf")
-from rlhf.batching import SftExample, make_sft_batch
+from rlhf.batching import SftExample, make_sft_batch, recount
 from rlhf.logprobs import batch_logprobs
 from rlhf.models.linear import prepare_linears
 from rlhf.records import Batch
@@ -102,11 +102,14 @@ def models() -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
 @pytest.fixture(scope="module")
 def examples() -> Batch:
     noise = torch.Generator().manual_seed(0)
-    lengths = [(1, 5), (7, 1), (3, 40), (70, 9), (2, 0)]
+    lengths = [(1, 5), (7, 1), (3, 40), (70, 9), (2, 1)]
     rows = [torch.randint(0, VOCABULARY, (a + b,), generator=noise).tolist() for a, b in lengths]
-    return make_sft_batch(
+    batch = make_sft_batch(
         [SftExample(f"row {a}+{b}", tuple(ids[:a]), tuple(ids[a:])) for (a, b), ids in zip(lengths, rows)]
     )
+    response_mask = batch.response_mask.clone()
+    response_mask[-1] = False  # a row of which nothing is wanted
+    return recount(batch.replace(response_mask=response_mask, loss_mask=response_mask))
 
 
 def test_a_real_model_gives_what_transformers_gives(models, examples) -> None:

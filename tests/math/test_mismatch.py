@@ -28,6 +28,7 @@ def test_equal_to_the_loop_and_add_up(seed: int, random_batch) -> None:
         "mismatch/logprob_abs_mean": sum(abs(o - r) for o, r in pairs) / len(pairs),
         "mismatch/logprob_abs_max": max(abs(o - r) for o, r in pairs),
         "mismatch/kl": sum(x - 1 - math.log(x) for x in w) / len(w),
+        "mismatch/outside_frac": sum(not 0.5 <= x <= 2 for x in w) / len(w),
         "mismatch/ess": sum(w) ** 2 / sum(x * x for x in w) / len(w),
     }
     assert got == pytest.approx(want, rel=1e-9, abs=1e-12)
@@ -43,6 +44,7 @@ def test_equal_logprobs_give_exactly_zero() -> None:
         "mismatch/logprob_abs_mean": 0,
         "mismatch/logprob_abs_max": 0,
         "mismatch/kl": 0,
+        "mismatch/outside_frac": 0,
         "mismatch/ess": 1,
     }
     assert mismatch_metrics(logprobs, logprobs, torch.zeros(2, 3, dtype=torch.bool)) == {}

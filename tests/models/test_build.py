@@ -79,11 +79,11 @@ def test_saved_tokenizer_is_the_same_for_transformers(kind, training_file, tmp_p
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"alphabet": ""}, "alphabet is empty"),
+        ({"alphabet": ""}, "alphabet: is empty"),
         ({"alphabet": "aab"}, "'a' more than once"),
-        ({"kind": "bpe"}, "needs tokenizer.build.train_on"),
+        ({"kind": "bpe"}, "tokenizer.build.train_on: kind: bpe needs it"),
         ({"kind": "bpe", "train_on": "/no/such/file"}, "no file /no/such/file"),
-        ({"kind": "bpe", "train_on": "x", "vocab_size": 100}, "vocab_size=100 is too small"),
+        ({"kind": "bpe", "train_on": __file__, "vocab_size": 100}, "vocab_size: 100 is too small"),
     ],
 )
 def test_unusable_tokenizers_are_named(config, message):

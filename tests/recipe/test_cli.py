@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -40,7 +41,12 @@ def _seconds_of_children():
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, monkeypatch):
+    """write(recipe) -> its path, in a working directory with the training set that VALID names."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(32)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
     def _write(text):
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
@@ -102,17 +108,71 @@ def test_an_unknown_option_is_explained(write):
     )
 
 
+HEAVY = (
+    "import sys, atexit\n"
+    "heavy = {'torch', 'transformers', 'ray', 'deepspeed', 'datasets', 'wandb', 'pandas'}\n"
+    "atexit.register(lambda: print('HEAVY', sorted(heavy & set(sys.modules))))\n"
+    "from rlhf.cli import main; main()"
+)
+
+MANY_MISTAKES = """\
+model:
+  build: {model_type: qwen3, config: {hiden_size: 96, num_attention_heads: 6, num_key_value_heads: 4}}
+tokenizer: {build: {alphabet: "00"}}
+data: {path: train.jsonl, prompt_column: question}
+reward:
+  - function: gsm8kk
+  - function: rewards.py:judge
+rollout: {group_size: 1}
+evaluation: {sets: {held_out: {path: tset.jsonl}, sums: {task: chain_arithmetic, task_args: {count: 3, term: 2}}}}
+trainer: {steps: 10, lrr: 1}
+reference: {path: ./nowhere/model}
+"""
+
+
 @pytest.mark.parametrize("command", ["validate", "train"])
 def test_torch_is_not_imported_before_the_recipe_is_valid(write, command):
     """Catches: seconds of waiting for a typo."""
-    code = (
-        "import sys, atexit\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'ray', 'deepspeed', 'datasets', 'wandb', 'pandas'}\n"
-        "atexit.register(lambda: print('HEAVY', sorted(heavy & set(sys.modules))))\n"
-        "from rlhf.cli import main; main()"
-    )
-    done, _ = rlhf(command, write("a: 1"), code=code)
+    done, _ = rlhf(command, write("a: 1"), code=HEAVY.replace("{'torch'", "{'numpy', 'torch'"))
     assert done.returncode == 2 and "HEAVY []" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_what_a_recipe_names_is_in_the_same_report(write, command):
+    """Catches: a missing file, function or column that is found after torch has loaded, alone, with exit code 1."""
+    done, took = rlhf(command, write(MANY_MISTAKES), code=HEAVY)
+    assert done.returncode == 2 and "HEAVY []" in done.stdout and "Traceback" not in done.stderr
+    assert took < 3
+    for said in (
+        ":2: model.build.config.hiden_size: qwen3 has no such key; did you mean hidden_size?",
+        ":2: model.build.config.num_key_value_heads: num_attention_heads=6 is not a multiple of num_key_value_heads=4",
+        ":3: tokenizer.build.alphabet: has '0' more than once",
+        ":4: data.prompt_column: the dataset has no column 'question'; it has answer, prompt",
+        ":6: reward.0.function: there is no reward function 'gsm8kk'; did you mean gsm8k?",
+        ":7: reward.1.function: there is no file rewards.py",
+        ":8: rollout.group_size: group_size=1",
+        ":9: evaluation.sets.held_out.path: 'tset.jsonl' does not exist",
+        ":9: evaluation.sets.sums.task_args.term: task chain_arithmetic has no such argument; did you mean terms?",
+        ":10: trainer.lrr: unknown key; did you mean trainer.lr?",
+        ":11: reference.path: there is no folder ./nowhere/model",
+    ):
+        assert said in done.stderr, done.stderr
+
+
+def test_a_finished_run_is_told_without_torch(write, tmp_path):
+    """Catches: seconds of loading to say that there is nothing to do."""
+    path = write(VALID)
+    shown, _ = rlhf("validate", path, "--show")
+    run_dir = tmp_path / "runs" / "run"
+    (run_dir / "stages" / "grpo" / "checkpoints").mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(shown.stdout)
+    (run_dir / "finished.json").write_text("{}")
+    done, took = rlhf("train", path, code=HEAVY)
+    assert done.returncode == 0 and "HEAVY []" in done.stdout, done.stderr
+    assert "runs/run is already finished; --fresh" in done.stdout and took < 2
+    done, _ = rlhf("train", path, "trainer.lr=3e-4", code=HEAVY)
+    assert done.returncode == 1 and "HEAVY []" in done.stdout
+    assert "another recipe (trainer.lr: 1e-06 -> 0.0003)" in done.stderr and "--fresh" in done.stderr
 
 
 def test_train_hands_over_the_plan_and_its_exit_code(write):

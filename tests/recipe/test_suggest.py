@@ -8,6 +8,7 @@ import string
 import pytest
 
 from rlhf.recipe.load import RecipeError, plan_from_dict
+from rlhf.recipe.schema import Recipe
 from rlhf.recipe.suggest import SYNONYMS, distance, meant, schema
 
 PLACES = [path for path in schema() if "*" not in path]
@@ -89,10 +90,10 @@ def test_two_hundred_typos_are_understood(seed):
     [
         (
             "trainer.temperature",
-            "it belongs elsewhere: did you mean rollout.temperature or evaluation.temperature?",
+            "it belongs elsewhere: did you mean rollout.temperature or distill.temperature or evaluation.temperature?",
         ),
         ("rollout.kl_coef", "it belongs elsewhere: did you mean algorithm.kl_coef?"),
-        ("lr", "it belongs elsewhere: did you mean trainer.lr?"),
+        ("lr", "it belongs elsewhere: did you mean critic.lr or trainer.lr?"),
         ("trainer.learning_rate", "did you mean trainer.lr?"),
         ("rollout.num_generations", "did you mean rollout.group_size?"),
         ("evaluation.sets.test.pth", "did you mean evaluation.sets.test.path?"),
@@ -101,8 +102,7 @@ def test_two_hundred_typos_are_understood(seed):
         ("trainer.rollout", "it belongs elsewhere: did you mean rollout?"),
         (
             "qwertyuiop",
-            "known here: method, run, model, tokenizer, data, reward, rollout, algorithm, trainer, evaluation, "
-            "placement, runtime, tracking",
+            f"known here: {', '.join(Recipe.model_fields)}",
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_raising_sample_is_isolated_and_masked(caplog: pytest.LogCaptureFixtur
         scorer.score(_rollouts(["x"] * 39 + [""]))
     assert [s.reward for s in scored] == [1.0] * 39 + [None]
     assert scored[39].reward_error == "mine: ZeroDivisionError: division by zero"
-    assert len([r for r in caplog.records if r.exc_info]) == 1
+    assert caplog.text.count("Traceback") == 1 and "in fragile" in caplog.text
 
 
 def test_above_five_percent_missing_stops() -> None:
@@ -144,7 +144,8 @@ def test_above_five_percent_missing_stops() -> None:
     fine = _scorer(lambda prompts, responses, **_: [None] * 2 + [1.0] * (len(responses) - 2))
     assert sum(s.reward is None for s in fine.score(_rollouts(["x"] * 40))) == 2  # exactly 5 %
     with pytest.raises(
-        RewardError, match=r"2 of 39 rewards are missing \(5%.*sample 1/0/0: mine: returned None"
+        RewardError,
+        match=r"2 of 39 .* missing \(5.1%\).* more than one and more than 5%.*sample 1/0/0: mine: returned None",
     ):
         fine.score(_rollouts(["x"] * 39))
 
@@ -221,13 +222,16 @@ def test_exit_in_a_function_does_not_end_the_process_unnamed() -> None:
 # -- deadline --------------------------------------------------------------------------------------
 
 
-def test_a_function_that_blocks_is_named_at_its_deadline() -> None:
+def test_a_function_that_blocks_is_named_at_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
     """Catches a step that hangs for ever on a reward, and a thread that keeps the process from ending."""
     release = threading.Event()
     scorer = _scorer(lambda prompts, responses, **_: release.wait(60), timeout_s=0.2)
     start = time.monotonic()
     with pytest.raises(RewardError, match="mine: no result after timeout_s=0.2"):
         scorer.score(_rollouts(["x"] * 3))
+    assert "is left running, in" in caplog.text and "release.wait(60)" in caplog.text, (
+        "its stack names the place"
+    )
     assert time.monotonic() - start < 5
     assert scorer.stats["reward/timeout_frac"] == 1.0
     assert scorer.stats["reward/error_frac"] == 0.0

@@ -13,10 +13,11 @@ from pathlib import Path
 class Recorder:
     """Answers calls; notes that it was closed in `closed` (a list, or a file's path)."""
 
-    def __init__(self, info, *, offset=0, closed=None, fail=False, function=None, model=None):
+    def __init__(self, info, *, offset=0, closed=None, close_s=0.0, fail=False, function=None, model=None):
         if fail:
             raise ValueError("the constructor refuses")
         self.info, self.offset, self.closed, self.function, self.model = info, offset, closed, function, model
+        self.close_s = close_s
         self.noted = []
 
     def add(self, a, b=1):
@@ -86,6 +87,7 @@ class Recorder:
         return "still here"
 
     def close(self):
+        time.sleep(self.close_s)
         if isinstance(self.closed, list):
             self.closed.append(self.info.group)
         elif self.closed is not None:

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 pytest.importorskip("ray")
 
 from rlhf.recipe.schema import RuntimeConfig  # noqa: E402
+from rlhf.runtime import ray_groups  # noqa: E402
 from rlhf.runtime.groups import (  # noqa: E402
     CallTimeoutError,
     DeadWorkerError,
@@ -227,6 +228,24 @@ def test_workers_are_closed_when_a_run_ends_well(tmp_path):
     with launch([spec("brief", ("critic",), closed=str(tmp_path / "closed"))], RUNTIME):
         pass
     assert (tmp_path / "closed").read_text() == "closed"
+
+
+def test_a_worker_that_closes_slowly_does_not_fail_a_good_run(monkeypatch, caplog):
+    """Would catch: a finished stage that is reported as failed because an actor gives back its memory slowly."""
+    monkeypatch.setattr(ray_groups, "_CLOSE_S", 0.5)
+    with launch([spec("slow", ("critic",), close_s=60.0)], RUNTIME) as groups:
+        (process,) = groups["slow"].processes
+    assert "no answer to close() from rank 0 of 1 within 0.5 s (the limit for closing)" in caplog.text
+    assert "had finished its work" in caplog.text
+    deadline = time.monotonic() + 10
+    while process_state(process) != "gone" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process_state(process) == "gone"
+    with (
+        pytest.raises(RuntimeError, match="the body fails"),
+        launch([spec("bad", ("critic",), close_s=60.0)], RUNTIME),
+    ):
+        raise RuntimeError("the body fails")
 
 
 @pytest.mark.parametrize("transport", ["object_store", "collective"])

@@ -44,10 +44,12 @@ class Net(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.empty(0))
 
 
-def move(source: WeightSource, sink: WeightSink, *, version=1, bucket_bytes=100, damage=None) -> None:
-    plan = source.export_plan(bucket_bytes)
+def move(
+    source: WeightSource, sink: WeightSink, *, version=1, bucket_bytes=100, base=None, damage=None
+) -> None:
+    plan = source.export_plan(bucket_bytes, base)
     sink.begin_weights(version, plan)
-    for bucket in plan:
+    for bucket in plan.buckets:
         data = source.export_bucket(bucket.index).clone()
         if damage == bucket.index:
             data[-1] ^= 1
@@ -173,7 +175,7 @@ def test_a_bucket_that_never_came_is_noticed():
     source, sink = source_of(sender), WeightSink(receiver)
     plan = source.export_plan(100)
     sink.begin_weights(1, plan)
-    for bucket in plan:
+    for bucket in plan.buckets:
         data = source.export_bucket(bucket.index)
         if bucket.index != 1:
             sink.load_bucket(bucket.index, data)
@@ -211,9 +213,9 @@ def test_ranks_other_than_0_go_through_the_weights_and_send_nothing():
             yield name, p
 
     source = WeightSource(named, rank=1)
-    plan = source.export_plan(100)
+    buckets = source.export_plan(100).buckets
     taken.clear()
-    assert [source.export_bucket(b.index) for b in plan] == [None] * len(plan)
+    assert [source.export_bucket(b.index) for b in buckets] == [None] * len(buckets)
     assert taken == [name for name, _ in Net(0).named_parameters()]
 
 
@@ -226,15 +228,57 @@ def test_buckets_out_of_order_are_refused():
 
 
 def test_weights_are_copied_within_a_process():
+    """And what never changes only once, but again after a copy that failed."""
     sender, receiver = Net(0), Net(1)
     sink = WeightSink(receiver)
-    copied = sink.copy_from(sender.named_parameters(), version=2)
-    assert copied == sum(p.numel() * p.element_size() for p in sender.parameters())
-    assert torch.equal(receiver.big, sender.big) and sink.version == 2
     with pytest.raises(WeightSyncError, match="never sends"):
-        sink.copy_from([("big", sender.big)], version=3)
+        sink.copy_from([("big", sender.big)], version=1)
     with pytest.raises(WeightSyncError, match="half written"):
         sink.check_clean()
+    copied = sink.copy_from(sender.named_parameters(), version=2)
+    assert copied == sum(p.numel() * p.element_size() for p in sender.parameters())
+    assert torch.equal(receiver.big, sender.big) and sink.version == 2 and sink.has_copied
+    assert sink.copy_from([("big", sender.big)], version=3) == sender.big.numel() * 4
+    with pytest.raises(WeightSyncError, match="none of that name"):
+        sink.copy_from([("big", sender.big), ("more", sender.big)], version=4)
+    assert not sink.has_copied
+    with pytest.raises(WeightSyncError, match="never sends"):
+        sink.copy_from([("big", sender.big)], version=4)
+
+
+# -- weights that never change -------------------------------------------------------------------------------
+
+
+def lora_like(net: Net) -> WeightSource:
+    """Only `big` and `scale` are trained."""
+    return WeightSource(
+        net.named_parameters, rank=0, named_trained=lambda: [("scale", net.scale), ("big", net.big)]
+    )
+
+
+def test_what_never_changes_is_sent_once():
+    """Would catch: a frozen base that travels at every step; trained weights that are not sent, or not verified."""
+    sender, receiver = Net(0), Net(1)
+    source, sink = lora_like(sender), WeightSink(receiver)
+    assert source.base is None and sink.base is None
+    move(source, sink)
+    assert source.base == sink.base == source.export_checksum()
+    with torch.no_grad():
+        sender.big += 1
+        sender.scale += 1
+    plan = source.export_plan(100, source.base)
+    assert plan.num_bytes == 4 * (101 + 1) and source.export_plan(100).num_bytes > plan.num_bytes
+    move(source, sink, version=2, base=source.base)
+    for (name, sent), held in zip(sender.named_parameters(), receiver.parameters(), strict=True):
+        assert torch.equal(bytes_of(sent), bytes_of(held)), name
+    assert sink.version == 2 and sink.base == source.base
+    with pytest.raises(WeightSyncError, match="checksum"):
+        move(source, sink, version=3, base=source.base, damage=0)
+    assert sink.base is None, "a dirty receiver must get everything"
+    with pytest.raises(WeightSyncError, match="does not hold whole; publish everything"):
+        move(source, sink, version=3, base=source.base)
+    move(source, sink, version=3)
+    assert sink.base == source.base
 
 
 # -- publish -------------------------------------------------------------------------------------------------
@@ -260,6 +304,26 @@ def test_publish_moves_weights_between_groups(pair):
     assert report.bytes == train.call("num_bytes")[0] > 2 << 20 and report.buckets == 3
     assert report.transport == "object_store" and report.checksum is not None
     assert sample.call("versions") == [[1]], "the engine was not told"
+
+
+def test_publish_sends_the_frozen_base_once_and_again_after_a_cut(monkeypatch):
+    """Would catch: a new or a dirty engine that is sent the adapters only, on top of another base."""
+    train = GroupSpec("train", ("actor",), 1, 0, "weight_workers:Holder", {"seed": 0, "trained": ("scale",)})
+    with launch([train, weight_spec("sample", ("rollout",), 1)], LOCAL) as groups:
+        train, sample = groups["train"], groups["sample"]
+        whole = train.call("num_bytes")[0]
+        sent = []
+        for version in (1, 2):
+            sent.append(publish(train, sample, version=version, runtime=LOCAL).bytes)
+            assert sample.call("fingerprint") == train.call("fingerprint")
+            train.call("nudge")
+        monkeypatch.setattr(faults, "_armed", [("publish.mid", "*", "raise")])
+        with pytest.raises(faults.InjectedFault):
+            publish(train, sample, version=3, runtime=LOCAL)
+        sent += [publish(train, sample, version=v, runtime=LOCAL).bytes for v in (3, 4)]
+        assert sent == [whole, 4, whole, 4]
+        with launch([weight_spec("new", ("rollout",), 2)], LOCAL) as others:
+            assert publish(train, others["new"], version=4, runtime=LOCAL).bytes == whole
 
 
 def test_publish_within_one_group_moves_only_the_version():

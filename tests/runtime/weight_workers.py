@@ -19,11 +19,15 @@ class Model(torch.nn.Module):
 
 
 class Holder(WeightMethods):
-    def __init__(self, info, *, seed: int) -> None:
+    """`trained` names the weights that `nudge` changes; () = all."""
+
+    def __init__(self, info, *, seed: int, trained: tuple[str, ...] = ()) -> None:
         self.info = info
         self.model = Model(seed)
-        self._source = WeightSource(self.model.named_parameters, rank=info.rank)
-        self._sink = WeightSink(self.model)
+        self._trained = {n: p for n, p in self.model.named_parameters() if n in trained or not trained}
+        named_trained = self._trained.items if trained else None
+        self._source = WeightSource(self.model.named_parameters, rank=info.rank, named_trained=named_trained)
+        self._sinks = {"rollout": WeightSink(self.model)}
         self._versions: list[int] = []
 
     def set_version(self, version: int) -> None:
@@ -43,7 +47,7 @@ class Holder(WeightMethods):
 
     def nudge(self) -> None:
         with torch.no_grad():
-            for p in self.model.parameters():
+            for p in self._trained.values():
                 p += 1
 
     def default_group(self) -> bool:

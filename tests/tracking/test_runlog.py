@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf import runlog
 from rlhf.runlog import RecordFile, encode_record, read_records, write_atomically
 
 LINES = [encode_record({"step": step, "stage": "a", "x": step / 3}) for step in (1, 2, 3)]
@@ -50,3 +51,12 @@ def test_a_failed_rewrite_leaves_the_old_file_and_nothing_else(tmp_path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_durable_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    # Catches: "finished" after a power cut, with a file of zeros behind it.
+    path, flushed = tmp_path / "finished.json", []
+    monkeypatch.setattr(runlog, "flush_to_disk", lambda p: flushed.append((p.name, path.exists())))
+    write_atomically(path, "yes", durable=True)
+    assert [exists for _, exists in flushed] == [False, True] and flushed[1][0] == tmp_path.name
+    assert path.read_text() == "yes" and [p.name for p in tmp_path.iterdir()] == ["finished.json"]

@@ -55,11 +55,15 @@ def metrics_at(step):
     return {"reward/mean": step / 7, "policy/grad_norm": math.nan if step == 5 else 1 / (step + 1)}
 
 
+def note_samples(tracker, step, stage, rollouts, masked=None):
+    tracker.samples(step, stage, rollouts, masked=masked or [None] * len(rollouts))
+
+
 def run_steps(tracker, first, last, *, seconds=0.1):
     """The calls that a run of two stages makes; the second is evaluated before its first step and at its end."""
     for step in range(first, last + 1):
         stage = "sft" if step <= SFT else "grpo"
-        tracker.samples(step, stage, [make_rollout(step, i) for i in range(8)])
+        note_samples(tracker, step, stage, [make_rollout(step, i) for i in range(8)])
         evaluation = {"eval/test/pass@1": 0.9} if step == LAST else {}
         tracker.log(step, stage, {**metrics_at(step), **evaluation}, {"time/step_s": seconds})
         if step == SFT:
@@ -68,7 +72,7 @@ def run_steps(tracker, first, last, *, seconds=0.1):
 
 def begin_grpo(tracker):
     """The evaluation before a stage's first step has the step number of the stage before."""
-    tracker.samples(SFT, "grpo", [make_rollout(SFT, 9)])
+    note_samples(tracker, SFT, "grpo", [make_rollout(SFT, 9)])
     tracker.log(SFT, "grpo", {"eval/test/pass@1": 0.25}, {"time/eval_s": 0.1})
 
 
@@ -229,19 +233,49 @@ def test_steps_that_go_back_or_repeat_are_refused(tmp_path):
 def test_samples_come_from_different_prompts(tmp_path):
     # Catches: a samples file that shows one group of eight equal questions.
     tracker = open_tracker(tmp_path, samples_per_step=4)
-    tracker.samples(1, "grpo", [make_rollout(1, i) for i in range(32)])
+    note_samples(tracker, 1, "grpo", [make_rollout(1, i) for i in range(32)])
     ids = [r["sample_id"] for r in read_records(tmp_path / "samples.jsonl")]
     assert ids == ["1/0/0", "1/0/8", "1/0/16", "1/0/24"]
-    tracker.samples(2, "grpo", [make_rollout(2, 0)])
-    tracker.samples(3, "grpo", [])
+    note_samples(tracker, 2, "grpo", [make_rollout(2, 0)])
+    note_samples(tracker, 3, "grpo", [])
     assert len(read_records(tmp_path / "samples.jsonl")) == 5
+
+
+def test_masked_responses_are_named_without_a_flood(tmp_path):
+    # Catches: a sample that is silently left out of the loss, a line for each of a thousand of them, and a
+    # reason that is never said again although it came at every step.
+    output = io.StringIO()
+    tracker = open_tracker(tmp_path, output=output, samples_per_step=8, report_every=4, console_samples=0)
+    for step in range(1, 7):
+        why = [
+            "no reward: f: ValueError: bad cell 1",
+            "no reward: f: ValueError: bad cell 2",
+            None,
+            "too long",
+        ]
+        rollouts = [make_rollout(step, i) for i in range(4)]
+        note_samples(tracker, step, "grpo", rollouts, why if step != 3 else [None] * 4)
+    said = " ".join(output.getvalue().split()).split("warning ")[1:]
+    assert [line.split(" responses")[0] for line in said] == [
+        "step 1: 2 of 4",
+        "step 1: 1 of 4",
+        "step 5: 2 of 4",
+        "step 5: 1 of 4",
+    ]
+    assert "1/0/0 first: no reward: f: ValueError: bad cell 1" in said[0] and "too long" in said[1]
+    assert "(3 times since step 1)" in said[2]
+    masked = [r["masked"] for r in read_records(tmp_path / "samples.jsonl")]
+    assert masked[:4] == why and masked[8:12] == [None] * 4
+    note_samples(tracker, 7, "grpo", [make_rollout(7, i) for i in range(9)], [c * 3 for c in "abcdefghi"])
+    assert "4 more responses left out of the loss for 4 other reasons" in " ".join(output.getvalue().split())
+    assert len(json.loads((tmp_path / "run.json").read_text())["warnings"]) == 2 + 6
 
 
 def test_strange_text_survives_the_samples_file(tmp_path):
     # Catches: line separators that split a record, a lone surrogate that stops the run.
     text = "a\n\u2028\x85\x00\ud800\x1b[31m</script>ü"
     tracker = open_tracker(tmp_path)
-    tracker.samples(1, "grpo", [make_rollout(1, 0, text=text, prompt=text)])
+    note_samples(tracker, 1, "grpo", [make_rollout(1, 0, text=text, prompt=text)])
     tracker.close("finished")
     (record,) = read_records(tmp_path / "samples.jsonl")
     assert record["response"] == record["prompt"] == text

@@ -24,11 +24,16 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlhf.checkpoint import load_tensors, save_tensors
+from rlhf.logprobs import batch_logprobs
+from rlhf.models import build_tokenizer, load_scalar_model, save_model
 from rlhf.process import ProcessInfo
-from rlhf.recipe.schema import TrainerConfig
+from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig, LoraConfig, ModelConfig, TrainerConfig
 from rlhf.records import Batch
 from rlhf.trainers import deepspeed_engine
-from rlhf.trainers.deepspeed_engine import TrainingEngine, init_process, lr_at
+from rlhf.trainers.deepspeed_engine import TrainingEngine, init_process
+from rlhf.trainers.neftune import embedding_noise
+from rlhf.trainers.optimizers import lr_at
+from rlhf.values import batch_values
 
 REPO = Path(__file__).resolve().parent.parent.parent
 ALONE = ProcessInfo("train", 0, 1, 0, "127.0.0.1", 0, "cpu")
@@ -38,6 +43,7 @@ CONFIG = dict(steps=10, lr=1e-2, eps=1e-3, max_grad_norm=0.5, weight_decay=0.1)
 WHOLE = [[0, 1, 2, 3, 4, 5, 6, 7]]
 SINGLE = [[row] for row in range(ROWS)]
 RAGGED = [[0, 1, 2], [], [3], [4, 5, 6, 7]]
+OPTIMIZERS_OF_TWO = [(2, "adagrad"), (3, "rmsprop")]
 OF_TWO = [[[0, 1], [2], [3, 4]], [[5, 6, 7], [], []]]  # by rank
 
 
@@ -59,10 +65,10 @@ def build_model(dtype: str = "float32", seed: int = 0, lora: bool = False) -> to
         torch.full((3,), -0.0)
     )  # no gradient ever, and a sign that adding 0 loses
     if lora:
-        from peft import LoraConfig, get_peft_model
+        import peft
 
-        model = get_peft_model(
-            model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0)
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0)
         )
     return model.to(getattr(torch, dtype)) if dtype != "float32" else model
 
@@ -92,7 +98,7 @@ def engine_for(
 ) -> TrainingEngine:
     init_process(info, threads=1, timeout_s=120)
     config = TrainerConfig(**(CONFIG | changes), zero_stage=stage)
-    return TrainingEngine(model, config, dtype=dtype, total_updates=10, info=info)
+    return TrainingEngine(model, config, dtype=dtype, total_updates=10, info=info, seed=0)
 
 
 def cut(batch: Batch, rows: list[list[int]]) -> list[Batch]:
@@ -183,6 +189,7 @@ def test_save_load_step_is_bitwise_the_step_that_would_have_followed(alone, stag
     result = alone[1](stage, dtype)
     assert result["loaded state equals saved"] and result["exact after load"]
     assert result["skipped"] and result["nothing moved"] and result["no trace of the skip"]
+    assert result["empty step skipped"] and result["empty step moved nothing"]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +335,10 @@ def test_destroy_frees_everything_but_the_model(stage: int) -> None:
     model = build_model()
     engine = engine_for(model, stage)
     engine.update(cut(build_batch(), WHOLE), nll)
-    inner, master = weakref.ref(engine.model), weakref.ref(next(iter(engine._adam.state.values()))["exp_avg"])
+    inner, master = (
+        weakref.ref(engine.model),
+        weakref.ref(next(iter(engine._optimizer.state.values()))["exp_avg"]),
+    )
     before = weights(engine)
     engine.destroy()
     if stage == 3:
@@ -364,6 +374,12 @@ def test_a_process_has_one_place() -> None:
         init_process(dataclasses.replace(ALONE, rank=1, world_size=2, master_port=1), threads=1, timeout_s=10)
 
 
+def test_a_process_alone_has_plain_tracebacks() -> None:
+    """Would catch: "[rank0]:" before every line of an exception in a script that uses the Python API."""
+    init_process(ALONE, threads=1, timeout_s=10)
+    assert "distributed" not in sys.excepthook.__module__
+
+
 def test_bad_calls_are_refused() -> None:
     engine = engine_for(build_model(), 0)
     with pytest.raises(ValueError, match="no micro-batch"):
@@ -375,25 +391,207 @@ def test_bad_calls_are_refused() -> None:
         ProcessInfo("train", 0, 2, 0, "127.0.0.1", 0, "cpu")
 
 
+# -- optimisers, the moving average, what does not move ------------------------------------------------------
+
+
+OTHERS = dict(momentum=0.9, ema_decay=0.7, layer_lr_decay=0.8, weight_decay=0.1)
+# Two processes run adagrad and rmsprop under ZeRO too.
+STAGES_OF = {
+    "adam": (0,),
+    "sgd": (0, 1, 3),
+    "adagrad": (0, 3),
+    "rmsprop": (0,),
+    "adafactor": (0,),
+    "muon": (0,),
+}
+
+
+@pytest.mark.parametrize("optimizer", STAGES_OF)
+def test_every_optimizer_resumes_exactly(optimizer: str, tmp_path: Path) -> None:
+    """Would catch: a part of an optimiser's state that is not saved, a layer's rate that ZeRO forgets, a step count
+    that starts again, an optimiser that DeepSpeed replaces."""
+    want = None
+    for stage in STAGES_OF[optimizer]:
+        result = exercise(stage, "float32", ALONE, tmp_path, optimizer=optimizer, **OTHERS)
+        assert result["loaded state equals saved"] and result["exact after load"], stage
+        assert (
+            result["nothing moved"] and result["empty step moved nothing"] and result["no trace of the skip"]
+        )
+        final = load_tensors(tmp_path / f"{stage}-float32-False.weights")
+        saved = load_tensors(tmp_path / f"{stage}-float32-False.safetensors")
+        want = want or (result["losses"], final, saved)
+        assert result["losses"] == pytest.approx(want[0], rel=1e-5)
+        assert furthest(final, want[1]) < 5e-6 and furthest(saved, want[2]) < 5e-5
+
+
+def test_optimizers_that_need_whole_matrices_refuse_zero() -> None:
+    for stage, dtype in ((1, "float32"), (0, "bfloat16")):
+        with pytest.raises(
+            ValueError, match="muon reads whole matrices.*zero_stage: 0 and model.dtype: float32"
+        ):
+            engine_for(build_model(dtype), stage, dtype, optimizer="muon")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_state_saved_with_another_optimizer_is_refused(stage: int) -> None:
+    """Would catch: a resume that goes on with half of the memory it had."""
+    engine = engine_for(build_model(), stage, optimizer="sgd", momentum=0.9)
+    tensors, scalars = engine.state_dict()
+    engine.destroy()
+    other = engine_for(build_model(), stage, ema_decay=0.9)
+    with pytest.raises(ValueError, match="(?s)missing: exp_avg.unused.*missing: ema.unused") as e:
+        other.load_state(tensors, scalars)
+    assert "trainer.optimizer, momentum, freeze or ema_decay changed?" in str(e.value)
+    other.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_weights_stay_and_are_not_saved(stage: int) -> None:
+    """Would catch: weight decay of what is frozen, its moments in the checkpoint."""
+    engine = engine_for(build_model(), stage, freeze=["model.embed_tokens.*", "model.layers.0.*"])
+    before = weights(engine)
+    engine.update(cut(build_batch(), RAGGED), nll)
+    after, frozen = weights(engine), ("model.embed_tokens.", "model.layers.0.")
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        n for n in before if not n.startswith(frozen) and n != "unused"
+    }
+    assert not [n for n in engine.state_dict()[0] if n.split(".", 1)[1].startswith(frozen)]
+    engine.destroy()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [KINDS[0], KINDS[2], (1, "bfloat16"), (3, "bfloat16")])
+def test_the_moving_average_is_shown_and_training_goes_on_from_the_weights(stage: int, dtype: str) -> None:
+    """Would catch: an average of rounded weights, one that a skipped step moves, weights that stay averaged after
+    an export, a forward on packed copies of the other weights."""
+    engine = engine_for(build_model(dtype), stage, dtype, ema_decay=0.7)
+    plain = engine_for(build_model(dtype), stage, dtype)
+    want = {n: p.detach().float() for n, p in build_model(dtype).named_parameters()}
+
+    def broken(model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, sums = nll(model, micro)
+        return loss * math.nan, sums
+
+    for fn in (nll, broken, nll, nll):
+        for e in (engine, plain):
+            e.update(cut(build_batch(), RAGGED), fn)
+        tensors, _ = engine.state_dict()
+        if fn is nll:
+            want = {n: 0.7 * w + 0.3 * tensors[f"master.{n}"] for n, w in want.items()}
+        before = weights(engine)
+        with engine.averaged_weights():
+            shown = weights(engine)
+        assert furthest({n: tensors[f"ema.{n}"] for n in want}, want) < 1e-6
+        assert same_bits(weights(engine), before) and not same_bits(shown, before)
+        assert all(torch.equal(shown[n], tensors[f"ema.{n}"].to(shown[n].dtype)) for n in want)
+    assert same_bits(weights(engine), weights(plain))
+    with pytest.raises(ValueError, match="no moving average.*trainer.ema_decay"), plain.averaged_weights():
+        pass
+    engine.destroy(), plain.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_moving_average_of_adapters_is_merged(stage: int) -> None:
+    """Would catch: an export of averages that merges the adapters as they are now."""
+    engine = engine_for(build_model(lora=True), stage, ema_decay=0.5)
+    for _ in range(3):
+        engine.update(cut(build_batch(), RAGGED), nll)
+    tensors, _ = engine.state_dict()
+    other = build_model(lora=True)
+    other.load_state_dict({n[4:]: t for n, t in tensors.items() if n.startswith("ema.")}, strict=False)
+    want = dict(other.merge_and_unload().named_parameters())
+    with engine.averaged_weights():
+        assert furthest(dict(engine.named_full_weights()), want) < 1e-6
+    assert furthest(dict(engine.named_full_weights()), want) > 1e-4
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tensors_that_the_first_step_leaves_alone_are_named(stage: int) -> None:
+    """Would catch: a trained weight that no gradient reaches, in silence; a report in every step, one before
+    anything was applied, one about the A of adapters, whose first gradient is 0."""
+    engine = engine_for(build_model(), stage, weight_decay=0.0)
+    bad = [lambda model, micro: (nll(model, micro)[0] * math.nan, {})]
+    reports = [engine.update(cut(build_batch(), RAGGED), fn).unchanged for fn in (*bad, nll, nll)]
+    assert reports == [(), ("unused",), ()]
+    engine.destroy()
+    adapted = engine_for(build_model(lora=True), stage, weight_decay=0.0)
+    assert [adapted.update(cut(build_batch(), RAGGED), nll).unchanged for _ in range(3)] == [()] * 3
+    adapted.destroy()
+
+
+def logprob_nll(model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -batch_logprobs(model, micro, temperature=1.0)[0].sum() / micro.num_loss_tokens, {}
+
+
+def test_neftune_is_in_training_forwards_only_and_the_same_however_they_are_cut() -> None:
+    """Would catch: noise in scoring or after `destroy`, noise at another sequence's place, the same noise in every
+    update."""
+    batch = build_batch()
+
+    def make(**changes: object) -> TrainingEngine:
+        model = build_model()
+        model.set_attn_implementation("rlhf")
+        return engine_for(model, 2, **changes)
+
+    def with_noise(update: int) -> float:
+        """The loss of the initial weights by hand: every row alone, noise added to its embeddings."""
+        model, total = build_model(), 0.0
+        rows = embedding_noise(batch, 32, alpha=5.0, seed=0, update=update, dtype=torch.float32)
+        for row, noise in enumerate(rows.split(batch.lengths.tolist())):
+            ids = batch.token_ids[row, : len(noise)]
+            logits = model(inputs_embeds=(model.model.embed_tokens(ids) + noise)[None]).logits[0, 1:-1]
+            total -= float(logits.log_softmax(-1).gather(-1, ids[2:, None]).sum())
+        return total / batch.num_loss_tokens
+
+    for rows in (WHOLE, RAGGED):
+        engine = make(neftune_alpha=5.0)
+        skipped = engine.update(cut(batch, rows), lambda m, b: (logprob_nll(m, b)[0] * math.nan, {}))
+        assert skipped.skipped
+        clean, _ = batch_logprobs(engine.module, batch, temperature=1.0)
+        assert engine.update(cut(batch, rows), logprob_nll).loss == pytest.approx(with_noise(1), rel=1e-5)
+        engine.destroy()
+    assert with_noise(0) != pytest.approx(with_noise(1), rel=1e-4)
+    plain = make()
+    assert torch.equal(clean, batch_logprobs(plain.module, batch, temperature=1.0)[0])
+    assert plain.update(cut(batch, WHOLE), logprob_nll).loss != pytest.approx(with_noise(0), rel=1e-4)
+    plain.destroy()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_critic_trains_under_zero_3_as_without(lora: bool, tmp_path: Path) -> None:
+    """Would catch: a head that ZeRO-3 has split, adapters' head left out of the exported model."""
+    tokenizer = build_tokenizer(
+        BuildTokenizerConfig(alphabet="".join(chr(33 + i) for i in range(VOCABULARY)))
+    )
+    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, head_dim=6)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+    model_config = ModelConfig(
+        build=BuildModelConfig(config=sizes), dtype="float32", lora=LoraConfig(rank=3) if lora else None
+    )
+
+    def squares(model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        error = torch.where(micro.response_mask, batch_values(model, micro) - 1.0, 0.0)
+        return error.square().sum() / micro.num_loss_tokens, {}
+
+    found = {}
+    for stage in (0, 2, 3):
+        model = load_scalar_model(model_config, tokenizer, head="new", seed=0, trainable=True)
+        engine = engine_for(model, stage)
+        losses = [engine.update(cut(build_batch(), RAGGED), squares).loss for _ in range(3)]
+        found[stage] = losses, weights(engine)
+        save_model(engine.module, tokenizer, tmp_path / str(stage), weights=found[stage][1])
+        losses.append(engine.update(cut(build_batch(), WHOLE), squares).loss)
+        engine.destroy()
+        own = ModelConfig(path=str(tmp_path / str(stage)), dtype="float32")
+        scorer = load_scalar_model(own, tokenizer, head="load", seed=0, trainable=False)
+        assert furthest(dict(scorer.named_parameters()), found[stage][1]) == 0.0
+        with torch.no_grad():
+            assert float(squares(scorer, build_batch())[0]) == pytest.approx(losses[-1], rel=1e-4)
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        assert furthest(found[stage][1], found[0][1]) < 5e-6
+
+
 # -- learning rate -------------------------------------------------------------------------------------------
-
-
-def rates(total: int = 10, **changes: object) -> list[float]:
-    config = TrainerConfig(steps=10, lr=1.0, **changes)
-    return [lr_at(update, config, total) for update in range(total)]
-
-
-def test_schedules() -> None:
-    """Would catch: a first update at rate 0, a peak that is never reached, a last update that misses its
-    rate."""
-    assert rates() == [1.0] * 10
-    assert rates(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    linear = rates(schedule="linear", warmup_steps=3, min_lr_ratio=0.3)
-    assert linear == pytest.approx([1 / 3, 2 / 3, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
-    cosine = rates(9, schedule="cosine", min_lr_ratio=0.1)
-    assert cosine == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)])
-    assert rates(1, schedule="linear") == [1.0]
-    assert rates(3, schedule="cosine", warmup_steps=5) == [0.2, 0.4, 0.6]
 
 
 def test_the_rate_follows_updates_tried_and_survives_a_load() -> None:
@@ -419,8 +617,8 @@ def test_the_rate_follows_updates_tried_and_survives_a_load() -> None:
 def exercise(
     stage: int, dtype: str, info: ProcessInfo, folder: Path, lora: bool = False, **changes: object
 ) -> dict[str, object]:
-    """Five updates; then the same from a save after the second, with a step in between that is bad on the
-    last rank."""
+    """Five updates; then the same from a save after the second, with two steps in between: one that is bad on
+    the last rank, one without a token in its loss."""
     rows = RAGGED if info.world_size == 1 else OF_TWO[info.rank]
     micros = [cut(build_batch(seed), rows) for seed in range(5)]
     straight = engine_for(build_model(dtype, lora=lora), stage, dtype, info, **changes)
@@ -449,6 +647,14 @@ def exercise(
     result["exact after load"] = same_bits(weights(resumed), after_four)
     result["skipped"] = resumed.update(micros[4], bad_on_last).skipped
     result["nothing moved"] = same_bits(weights(resumed), after_four)
+    none = dict(num_loss_tokens=0, num_loss_sequences=0)
+    stats_of_none = resumed.update([m.replace(loss_mask=m.loss_mask & False, **none) for m in micros[4]], nll)
+    result["empty step skipped"] = (stats_of_none.skipped, stats_of_none.empty, resumed.version) == (
+        True,
+        True,
+        4,
+    )
+    result["empty step moved nothing"] = same_bits(weights(resumed), after_four) and resumed.updates == 6
     resumed.update(micros[4], nll)
     result["no trace of the skip"] = same_bits(weights(resumed), after_five)
     resumed.destroy()
@@ -486,8 +692,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 @pytest.mark.parametrize(("stage", "dtype"), KINDS)
 def test_two_processes_resume_exactly_and_skip_together(two_processes, stage: int, dtype: str) -> None:
-    """Would catch: a part of the state left on its rank, and ranks that disagree about a bad gradient on one
-    of them."""
+    """Would catch: a part of the state left on its rank, ranks that disagree about a bad gradient on one of
+    them, and a step without a token in its loss that Adam's momentum turns into a move."""
     for rank in two_processes[1]:
         result = rank[f"{stage} {dtype}"]
         facts = (
@@ -495,6 +701,8 @@ def test_two_processes_resume_exactly_and_skip_together(two_processes, stage: in
             "skipped",
             "nothing moved",
             "no trace of the skip",
+            "empty step skipped",
+            "empty step moved nothing",
             "loaded state equals saved",
         )
         assert {fact: result[fact] for fact in facts} == dict.fromkeys(facts, True)
@@ -537,12 +745,36 @@ def test_two_processes_with_lora_and_zero_3(two_processes, alone) -> None:
     assert furthest(*(load_tensors(f / "3-float32-True.weights") for f in (folder, alone[0]))) < 5e-6
 
 
+@pytest.mark.parametrize(("stage", "optimizer"), OPTIMIZERS_OF_TWO)
+def test_two_processes_with_other_optimizers(
+    two_processes, stage: int, optimizer: str, tmp_path: Path
+) -> None:
+    """Would catch: state or average split unlike the weights they belong to."""
+    folder, (first, second) = two_processes
+    result = first[optimizer]
+    assert result == second[optimizer] and result["exact after load"] and result["loaded state equals saved"]
+    assert result["no trace of the skip"] and result["nothing moved"]
+    want = exercise(0, "float32", ALONE, tmp_path, optimizer=optimizer, **OTHERS)
+    assert result["losses"] == pytest.approx(want["losses"], rel=1e-5)
+    for kind in ("weights", "safetensors"):  # the latter holds the average too
+        both = [
+            load_tensors(folder / optimizer / f"{stage}-float32-False.{kind}"),
+            load_tensors(tmp_path / f"0-float32-False.{kind}"),
+        ]
+        assert furthest(*both) < 5e-5
+
+
 def main(rank: int, port: int, folder: Path) -> None:
     """What each of the two processes runs."""
     info = ProcessInfo("train", rank, 2, rank, "127.0.0.1", port, "cpu")
     gc.freeze()
     results = {f"{stage} {dtype}": exercise(stage, dtype, info, folder) for stage, dtype in KINDS}
     results["lora"] = exercise(3, "float32", info, folder, lora=True)
+    for stage, optimizer in OPTIMIZERS_OF_TWO:
+        (folder / optimizer).mkdir(exist_ok=True)
+        results[optimizer] = exercise(
+            stage, "float32", info, folder / optimizer, optimizer=optimizer, **OTHERS
+        )
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 

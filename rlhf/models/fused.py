@@ -1,0 +1,323 @@
+"""A step of the engine through the live model, with fewer and larger operations than its modules make.
+
+Here: `StepForward`, the logits of a step's tokens. Where the model is a decoder of the Llama kind (Llama, Mistral,
+Qwen2, Qwen3 and what else is built like them) it runs their modules' arithmetic itself: one product for q, k and
+v, one for gate and up, q and k normed and rotated together, no masks, caches or output objects. The parameters
+stay the modules' own; linears that are not plain (adapters) are called as they are. It is used only where it gave
+the bits of the model's own forward when it was built; every other model runs as transformers wrote it. Not here:
+training and scoring, which always go through the modules; attention (`rlhf.models.attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.kernels.attention import Plan
+from rlhf.kernels.linear import can_pack, pack, packed_linear
+from rlhf.kernels.norm import rms_norm
+from rlhf.models.attention import PackedContext, StepContext, use_context
+from rlhf.models.linear import ACTIVATIONS, FastRMSNorm, InvariantLinear
+
+_TRIAL_TOKENS = (1, 7, 40, 300)  # lengths of the sequences that the two forwards are compared on
+_MODEL = {"model", "lm_head"}
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class StepForward:
+    """Logits of packed tokens under a context of `rlhf.models.attention`; the model is read, never changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._decoder = _decoder(model)
+        self.refresh()
+
+    @property
+    def is_fused(self) -> bool:
+        return self._use_decoder
+
+    def refresh(self) -> None:
+        """Take note of weights that were written in the open, and of hooks. Call it before a series of steps."""
+        self._use_decoder = self._decoder is not None and _is_plain(self._model)
+        if self._use_decoder:
+            self._decoder.refresh()
+
+    def forget(self) -> None:
+        """Drop the joined weights: after writes that leave no trace, and to give the memory back. Until the next
+        `refresh` the model's own forward runs."""
+        self._use_decoder = False
+        if self._decoder is not None:
+            self._decoder.drop_packs()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: StepContext,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """token_ids, positions (N,) int64 -> logits (N, V), or those of the tokens in `keep` (L,)."""
+        if self._use_decoder:
+            return self._decoder(token_ids, positions, context, keep)
+        return _own_forward(self._model, token_ids, positions, context, keep)
+
+
+def _own_forward(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    context: StepContext,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    with use_context(context):
+        output = model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            logits_to_keep=0 if keep is None else keep,  # 0: all
+            use_cache=False,
+        )
+    return output.logits[0]
+
+
+# -- the decoder -------------------------------------------------------------------------------------------------
+
+
+class _Decoder:
+    """The arithmetic of Llama's modules over a step's tokens, one row each."""
+
+    def __init__(self, model: PreTrainedModel, options: Sequence[dict[str, Any]]) -> None:
+        decoder = model.model
+        self.embed_tokens, self.rotary, self.norm, self.head = (
+            decoder.embed_tokens,
+            decoder.rotary_emb,
+            decoder.norm,
+            model.lm_head,
+        )
+        self.layers = [
+            _Layer(i, layer, o) for i, (layer, o) in enumerate(zip(decoder.layers, options, strict=True))
+        ]
+
+    def refresh(self) -> None:
+        for layer in self.layers:
+            layer.refresh()
+
+    def drop_packs(self) -> None:
+        for layer in self.layers:
+            layer.qkv.drop_pack()
+            layer.gate_up.drop_pack()
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: StepContext,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = F.embedding(token_ids, self.embed_tokens.weight)  # (N, H), from here on written in place
+        cos, sin = self.rotary(x[None], positions[None])
+        cos = cos.transpose(0, 1)  # (N, 1, D)
+        swapped_sin = torch.cat(sin.transpose(0, 1).chunk(2, -1)[::-1], -1)
+        for layer in self.layers:
+            layer(x, cos, swapped_sin, context)
+        if keep is not None:
+            x = x.index_select(0, keep)
+        return self.head(_normed(x, self.norm))
+
+
+class _Layer:
+    """One decoder layer; heads of q, k and v lie side by side in one tensor."""
+
+    def __init__(self, index: int, layer: nn.Module, options: dict[str, Any]) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.options = index, options
+        self.norms: tuple[FastRMSNorm, FastRMSNorm] = (layer.input_layernorm, layer.post_attention_layernorm)
+        self.qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
+        self.o_proj, self.down_proj, self.activation = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self.head_dim: int = attention.head_dim
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.head_norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
+        self.head_weights: torch.Tensor | None = None  # (Hq + Hkv, D), of the two norms
+
+    def refresh(self) -> None:
+        self.qkv.refresh()
+        self.gate_up.refresh()
+        if self.head_norms is not None:
+            q, k = (norm.weight.detach() for norm in self.head_norms)
+            self.head_weights = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor, swapped_sin: torch.Tensor, context: StepContext
+    ) -> None:
+        """x (N, H) += attention, += MLP."""
+        heads = self.qkv(_normed(x, self.norms[0])).view(len(x), -1, self.head_dim)
+        rotated = heads[:, : self.heads + self.kv_heads]
+        if self.head_norms is not None:
+            rotated = rms_norm(rotated, self.head_weights, self.head_norms[0].variance_epsilon)
+        rotated = _rotate(rotated, cos, swapped_sin)
+        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+        x += self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1))
+        gate, up = self.gate_up(_normed(x, self.norms[1])).chunk(2, -1)
+        x += self.down_proj(self.activation(gate).mul_(up))
+
+
+class _Joined:
+    """Linears of one input as one product: (N, in) -> (N, sum of outs). What cannot be packed runs one by one."""
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        self.linears = linears
+        self._packed: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        self._source: tuple[Any, ...] | None = None
+
+    def refresh(self) -> None:
+        """Join the weights again if one of them changed."""
+        tensors = [t for m in self.linears for t in (m.weight, m.bias)] if self._can_join() else None
+        source = tensors and tuple(t if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+        if source == self._source:
+            return
+        self.drop_pack()
+        if source is not None:
+            self._packed = pack(torch.cat([m.weight.detach() for m in self.linears]))
+            self._bias = None if tensors[1] is None else torch.cat([m.bias.detach() for m in self.linears])
+            self._source = source
+
+    def drop_pack(self) -> None:
+        self._packed = self._bias = self._source = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return torch.cat([m(x) for m in self.linears], -1)
+        return packed_linear(x, self._packed, self._bias)
+
+    def _can_join(self) -> bool:
+        first = self.linears[0]
+        return all(
+            type(m) is InvariantLinear
+            and can_pack(m.weight)
+            and m.weight.dtype == first.weight.dtype
+            and (m.bias is None) == (first.bias is None)
+            for m in self.linears
+        )
+
+
+def _normed(x: torch.Tensor, norm: FastRMSNorm) -> torch.Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, swapped_sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of halves: x (N, heads, D), cos and sin (N, 1, D), the halves of sin swapped.
+    (a, b) -> (a cos - b sin, b cos + a sin). Su et al. 2021, arXiv 2104.09864."""
+    half = x.shape[-1] // 2
+    out, crossed = x * cos, x * swapped_sin
+    out[..., :half] -= crossed[..., half:]
+    out[..., half:] += crossed[..., :half]
+    return out
+
+
+# -- which models ------------------------------------------------------------------------------------------------
+
+
+def _decoder(model: nn.Module) -> _Decoder | None:
+    """A decoder for the model if it has the structure and its own forward's bits, else None."""
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)  # below peft's wrapper
+    if inner is None or not _has_structure(inner) or not _is_plain(model):
+        return None
+    trials = [_Trial(model, n) for n in _TRIAL_TOKENS]
+    if any(o["sinks"] is not None for o in trials[0].options):
+        return None
+    decoder = _Decoder(inner, trials[0].options)
+    decoder.refresh()
+    same = all(trial.passes(decoder) for trial in trials)
+    decoder.drop_packs()
+    return decoder if same else None
+
+
+def _has_structure(model: nn.Module) -> bool:
+    """Whether the model consists of exactly the modules whose arithmetic `_Decoder` knows: a parameter that it
+    would leave out cannot be."""
+    if not _consists_of(model, _MODEL) or not _consists_of(model.model, _DECODER):
+        return False
+    decoder = model.model
+    norms = [decoder.norm]
+    for layer in decoder.layers:
+        if not _consists_of(layer, _LAYER) or not _consists_of(layer.mlp, _MLP):
+            return False
+        attention = layer.self_attn
+        if _consists_of(attention, _ATTENTION | _HEAD_NORMS):
+            norms += [attention.q_norm, attention.k_norm]
+            if any(n.weight.shape != (attention.head_dim,) for n in norms[-2:]):
+                return False
+            if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+                return False
+        elif not _consists_of(attention, _ATTENTION):
+            return False
+        if type(layer.mlp.act_fn) not in ACTIVATIONS.values():
+            return False
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    return type(decoder.embed_tokens) is nn.Embedding and all(type(n) is FastRMSNorm for n in norms)
+
+
+def _consists_of(module: nn.Module, children: set[str]) -> bool:
+    return set(module._modules) == children and not module._parameters
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether calling the modules does nothing beside their forward (hooks, patched forwards, ZeRO-3's parameters
+    that are whole only inside their module)."""
+    return not any(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or "forward" in m.__dict__
+        or any("ds_id" in p.__dict__ for p in m._parameters.values() if p is not None)
+        for m in model.modules()
+    )
+
+
+class _Trial:
+    """A sequence of random tokens and the model's own logits for it."""
+
+    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+        limit = model.config.get_text_config().max_position_embeddings
+        generator = torch.Generator().manual_seed(num_tokens)
+        vocab = model.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocab, (min(num_tokens, limit),), generator=generator)
+        self.token_ids, self.positions = ids.to(model.device), torch.arange(len(ids), device=model.device)
+        self.context = _Recorder(Plan([len(ids)], [len(ids)], device=model.device))
+        with torch.no_grad():
+            self._logits = _own_forward(model, self.token_ids, self.positions, self.context)
+
+    @property
+    def options(self) -> list[dict[str, Any]]:
+        """Of the attention of every layer."""
+        return [self.context.options[layer] for layer in sorted(self.context.options)]
+
+    def passes(self, decoder: _Decoder) -> bool:
+        with torch.no_grad():
+            return torch.equal(decoder(self.token_ids, self.positions, self.context), self._logits)
+
+
+class _Recorder(PackedContext):
+    """Attention over the pack, which takes down how each layer asks for it."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.options: dict[int, dict[str, Any]] = {}
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        self.options[layer] = options
+        return super().attend(layer, q, k, v, options)

@@ -1,0 +1,251 @@
+"""What the sections of a recipe must agree on, and which roles follow from them.
+
+Each rule yields the keys that disagree, the one to change first, and what is wrong with the way out. Not here: the
+fields and their own bounds (`rlhf.recipe.schema`), nor anything that needs files (the checks of the sources).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf.recipe.schema import AlgorithmConfig, Recipe, Role
+
+# The keys that disagree, the one to change first, and what is wrong.
+Inconsistency = tuple[tuple[str, ...], str]
+
+ROLES: dict[str, tuple[Role, ...]] = {
+    "sft": ("actor",),
+    "rm": ("actor",),
+    "prm": ("actor",),
+    "ppo": ("actor", "critic", "rollout"),
+    "grpo": ("actor", "rollout"),
+    "dpo": ("actor",),
+    "kto": ("actor", "reference"),
+    "online_dpo": ("actor", "rollout"),
+    "rejection": ("actor", "rollout"),
+    "distill": ("actor", "teacher"),
+}
+SCORING_MODELS = ("rm", "prm")  # what is trained gives scores, not text
+# Kinds of preference losses, by their names in rlhf.preference.
+REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
+COUPLED = frozenset({"bco_pair", "aot", "aot_unpaired"})  # rows of the whole step
+PER_TOKEN = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo", "sft"})  # means over tokens: ld_alpha has no meaning
+OF_THE_GAP = frozenset({"dpo", "robust", "hinge", "exo_pair", "discopop"})  # of score_w - score_l alone: f-divergences
+KL_IN_REWARD = ("rloo", "reinforce_pp")  # advantages whose papers take the KL off the reward
+
+
+def roles(recipe: Recipe) -> tuple[Role, ...]:
+    """The roles that a recipe needs, in order."""
+    needed = list(ROLES[recipe.method])
+    if _needs_reference(recipe):
+        needed.append("reference")
+    if recipe.reward_model is not None and "rollout" in needed:
+        needed.append("reward")
+    samples = recipe.evaluation.sets or (recipe.method == "distill" and recipe.distill.on_policy_frac > 0)
+    if samples and "rollout" not in needed:
+        needed.append("rollout")
+    return tuple(dict.fromkeys(needed))
+
+
+def kl_in_reward(recipe: Recipe) -> bool:
+    """Whether the KL comes off the reward (True) or is added to the loss."""
+    chosen = recipe.algorithm.kl_in_reward
+    if chosen is not None:
+        return chosen
+    return recipe.method == "ppo" or recipe.algorithm.advantage in KL_IN_REWARD
+
+
+def whitens(recipe: Recipe) -> bool:
+    """Whether advantages are shifted and scaled over the whole step."""
+    chosen = recipe.algorithm.whiten_advantages
+    if chosen is not None:
+        return chosen
+    return recipe.method == "ppo" or recipe.algorithm.advantage in ("reinforce_pp", "reinforce_pp_baseline")
+
+
+def decided(recipe: Recipe) -> AlgorithmConfig:
+    """The algorithm section with `kl_in_reward` and `whiten_advantages` as the method wants them where left open."""
+    choices = {"kl_in_reward": kl_in_reward(recipe), "whiten_advantages": whitens(recipe)}
+    return recipe.algorithm.model_copy(update=choices)
+
+
+def needs_reference_logprobs(recipe: Recipe) -> bool:
+    """Whether the preference losses compare with a reference at all."""
+    return any(name not in REFERENCE_FREE for name in recipe.preference.losses)
+
+
+def _needs_reference(recipe: Recipe) -> bool:
+    if recipe.method in ("ppo", "grpo"):
+        return recipe.algorithm.kl_coef > 0
+    if recipe.method == "online_dpo":
+        return needs_reference_logprobs(recipe)
+    if recipe.method == "dpo":  # otherwise the actor's own log-probs before step 1 are the reference's
+        own = recipe.reference.path is not None or recipe.reference.update_every is not None
+        return own and needs_reference_logprobs(recipe)
+    return False
+
+
+def problems(recipe: Recipe) -> Iterator[Inconsistency]:
+    """Everything that does not fit together."""
+    for rule in (_source, _evaluation, _reward, _groups_of_responses, _columns, _objective, _kl, _preference, _distill, _steps, _placement):
+        yield from rule(recipe)
+
+
+def _source(r: Recipe) -> Iterator[Inconsistency]:
+    if r.model.path is None and r.model.build is None:
+        yield ("model.path", "model.build"), "set model.path (a folder or hub name) or model.build"
+    if r.model.build is not None and r.tokenizer.path is None and r.tokenizer.build is None:
+        keys = ("tokenizer.build", "tokenizer.path", "model.build")
+        yield keys, "a built model has no tokenizer of its own; set tokenizer.build or tokenizer.path"
+    if r.trainer.steps is None and r.trainer.epochs is None:
+        yield ("trainer.steps", "trainer.epochs"), "set trainer.steps or trainer.epochs"
+    if r.algorithm.ptx_coef and r.ptx is None:
+        yield ("ptx", "algorithm.ptx_coef"), f"ptx_coef={r.algorithm.ptx_coef} needs texts: set ptx.data"
+
+
+def _evaluation(r: Recipe) -> Iterator[Inconsistency]:
+    best, sets = r.evaluation.keep_best, [*r.evaluation.sets, *r.evaluation.pairs]
+    if best is not None and not any(best.startswith(f"eval/{name}/") for name in sets):
+        known = ", ".join(f"eval/{name}/..." for name in sets) or "none: add evaluation.sets"
+        yield ("evaluation.keep_best", "evaluation.sets"), f"{best!r} is no metric of an evaluation set ({known})"
+
+
+def _reward(r: Recipe) -> Iterator[Inconsistency]:
+    if r.method in ("ppo", "grpo", "rejection") and not r.scored:
+        yield ("reward", "method"), f"{r.method} needs at least one reward function, or reward_model"
+    elif r.method == "online_dpo" and r.online.pairs == "best_worst" and not r.scored:
+        yield ("reward", "method", "online.pairs"), "online_dpo needs a reward to tell the best response from the worst"
+    elif r.evaluation.sets and not r.scored:
+        yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function, or reward_model"
+    if r.method in SCORING_MODELS and r.evaluation.sets:
+        yield ("evaluation.sets", "method"), f"{r.method} trains a model that gives scores, not text; use evaluation.pairs"
+    if r.evaluation.pairs and r.method not in ("rm", "dpo"):
+        yield ("evaluation.pairs", "method"), f"{r.method} has no score for pairs; use evaluation.sets"
+
+
+def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
+    size, a = r.rollout.group_size, r.algorithm
+    group_based = r.method == "grpo" and a.advantage in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+    if group_based and size < 2:
+        message = f"group_size={size} gives every response zero advantage; use group_size >= 2"
+        yield ("rollout.group_size", "method", "algorithm.advantage"), message
+    if r.method == "online_dpo" and r.online.pairs == "best_worst" and size < 2:
+        yield ("rollout.group_size", "method"), f"group_size={size}: a pair needs two responses; use group_size >= 2"
+    if r.method == "rejection" and r.online.keep_best > size:
+        message = f"keep_best={r.online.keep_best} of group_size={size} responses; keep at most as many as there are"
+        yield ("online.keep_best", "rollout.group_size"), message
+    if a.dynamic_sampling and (r.method != "grpo" or size < 2):
+        message = "dynamic_sampling drops groups whose rewards are all equal: it needs grpo and group_size >= 2"
+        yield ("algorithm.dynamic_sampling", "method", "rollout.group_size"), message
+
+
+def _columns(r: Recipe) -> Iterator[Inconsistency]:
+    answers = r.data.response_column is not None or r.data.messages_column is not None
+    if r.method == "sft" and not answers:
+        message = "sft needs the column with the answer to imitate, or messages_column"
+        yield ("data.response_column", "method"), message
+    if r.method == "sft" and r.data.response_column is not None and r.data.messages_column is not None:
+        yield ("data.messages_column", "data.response_column"), "both are set; keep one"
+    if r.method == "kto" and r.data.response_column is None:
+        yield ("data.response_column", "method"), "kto needs the column with the answer that label_column judges"
+    if r.method == "distill" and r.distill.on_policy_frac < 1 and not answers:
+        message = "distill imitates the teacher on the data's answers: set response_column, or distill.on_policy_frac: 1"
+        yield ("data.response_column", "method", "distill.on_policy_frac"), message
+    if r.method == "online_dpo" and r.online.pairs == "gold" and r.data.response_column is None:
+        message = "pairs: gold compares the data's answers with responses; set the column they are in"
+        yield ("data.response_column", "online.pairs"), message
+
+
+def _objective(r: Recipe) -> Iterator[Inconsistency]:
+    a = r.algorithm
+    if a.objective in ("gspo", "gmpo") and a.aggregation == "token_mean" and r.method in ("grpo", "ppo"):
+        message = f"{a.objective} has one value per response: use sequence_mean (or constant_length)"
+        yield ("algorithm.aggregation", "algorithm.objective"), message
+    if r.method == "ppo" and r.algorithm.objective == "gspo":
+        yield ("algorithm.objective", "method"), "gspo has one advantage per response, ppo one per token; use ppo_clip"
+    if a.dual_clip is not None and a.dual_clip <= 1 + a.clip_high:
+        message = f"dual_clip={a.dual_clip} is not above 1 + clip_high={1 + a.clip_high:g}; 3 is usual"
+        yield ("algorithm.dual_clip", "algorithm.clip_high"), message
+    if a.correction_low > a.correction_high:
+        message = f"correction_low={a.correction_low} is above correction_high={a.correction_high}"
+        yield ("algorithm.correction_low", "algorithm.correction_high"), message
+    if a.overlong_buffer >= r.rollout.max_response_tokens:
+        message = f"overlong_buffer={a.overlong_buffer} is not shorter than max_response_tokens={r.rollout.max_response_tokens}"
+        yield ("algorithm.overlong_buffer", "rollout.max_response_tokens"), message
+
+
+def _kl(r: Recipe) -> Iterator[Inconsistency]:
+    a = r.algorithm
+    if a.kl_coef and a.kl_estimator == "k1" and r.method in ("grpo", "ppo") and not kl_in_reward(r):
+        message = "k1 in the loss has zero expected gradient; use k2, k3 or k3_k2, or set kl_in_reward: true"
+        yield ("algorithm.kl_estimator", "algorithm.kl_in_reward"), message
+    if a.kl_target is not None and not a.kl_coef:
+        yield ("algorithm.kl_coef", "algorithm.kl_target"), "kl_target adapts kl_coef, which is 0; start it above 0"
+    if r.reference.update_every is not None and "reference" not in roles(r):
+        message = "there is no reference to update: this recipe compares with none"
+        yield ("reference.update_every", "method", "algorithm.kl_coef", "preference.losses"), message
+
+
+def _preference(r: Recipe) -> Iterator[Inconsistency]:
+    p = r.preference
+    names = set(p.losses) if r.method in ("dpo", "online_dpo") else set()
+    others = ", ".join(sorted(names - OF_THE_GAP))
+    if p.f_divergence != "reverse_kl" and others:
+        message = f"f_divergence={p.f_divergence} is defined for {', '.join(sorted(OF_THE_GAP))}, not for {others}"
+        yield ("preference.f_divergence", "preference.losses"), message
+    per_token = ", ".join(sorted(names & PER_TOKEN))
+    if p.ld_alpha < 1 and per_token:
+        message = f"ld_alpha={p.ld_alpha} weighs tokens of a sum; {per_token} average over tokens; use ld_alpha: 1"
+        yield ("preference.ld_alpha", "preference.losses"), message
+    coupled = sorted(names & COUPLED)
+    if len(coupled) > 1:
+        yield ("preference.losses",), f"{' and '.join(coupled)} both couple the pairs of a step; keep one of them"
+    if "exo_pair" in names and not p.label_smoothing:
+        message = "exo_pair is infinite without smoothing; set label_smoothing, for example 1e-3 as in its paper"
+        yield ("preference.label_smoothing", "preference.losses"), message
+    if r.method in ("dpo", "online_dpo") and r.model.build is None and r.reference.path == r.model.path is not None:
+        yield ("reference.path", "model.path"), "the reference is the actor's starting weights anyway; leave it out"
+
+
+def _distill(r: Recipe) -> Iterator[Inconsistency]:
+    if r.method == "distill" and r.teacher is None:
+        yield ("teacher", "method"), "distill needs the model to imitate: set teacher.path"
+    if r.method == "distill" and r.distill.divergence == "sampled_kl" and r.distill.on_policy_frac < 1:
+        message = "sampled_kl is a policy gradient on the student's own responses: set distill.on_policy_frac: 1"
+        yield ("distill.on_policy_frac", "distill.divergence"), message
+
+
+def _steps(r: Recipe) -> Iterator[Inconsistency]:
+    rows, updates = r.trainer.prompts_per_step, r.trainer.minibatches_per_step
+    if rows % updates:
+        message = f"minibatches_per_step={updates} does not divide prompts_per_step={rows}; choose a divisor"
+        yield ("trainer.minibatches_per_step", "trainer.prompts_per_step"), message
+    if r.method == "kto" and rows // updates < 2:
+        message = f"kto compares each answer with another row's: {rows} rows in {updates} updates are too few; use at least 2 in each"
+        yield ("trainer.prompts_per_step", "method"), message
+    if r.trainer.optimizer in ("adafactor", "muon") and r.trainer.zero_stage:
+        message = f"{r.trainer.optimizer} needs whole matrices, which ZeRO flattens; use zero_stage: 0"
+        yield ("trainer.zero_stage", "trainer.optimizer"), message
+
+
+def _placement(r: Recipe) -> Iterator[Inconsistency]:
+    home: dict[str, str] = {}
+    for name, group in r.placement.items():
+        for role in group.roles:
+            if role in home:
+                yield (f"placement.{name}.roles",), f"role {role} is in group {home[role]!r} too; keep one"
+            home[role] = name
+    missing = [role for role in r.roles if role not in home] if r.placement else []
+    if missing:
+        keys = ("placement", "method", "evaluation", "algorithm.kl_coef")
+        yield keys, f"no group holds {', '.join(missing)}; add it to a group's roles"
+    if r.runtime.backend == "local":
+        if len(r.groups) > 1 and any(group.gpus for group in r.groups.values()):
+            message = "one process drives one GPU: put every role into one group, or set runtime.backend: ray"
+            yield ("placement", "runtime.backend"), message
+        for name, group in r.groups.items():
+            if group.num_processes > 1:
+                message = f"{group.num_processes} processes need Ray; set runtime.backend: ray"
+                yield (f"placement.{name}", "runtime.backend"), message

@@ -1,0 +1,208 @@
+"""From a recipe to what a stage works with: datasets, sampling, groups of processes, roles.
+
+Not here: the order in which it happens and what a run directory holds (`rlhf.runtime.run`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf.data import load_labels, load_preferences, load_prompts, load_sft, load_steps
+from rlhf.models import context_length, generation_stop_ids
+from rlhf.recipe.schema import DatasetConfig, Recipe
+from rlhf.reward import Scorer
+from rlhf.rollout import SamplingParams
+from rlhf.runtime.groups import Groups, GroupSpec
+from rlhf.trainers.rewarding import RewardSum
+from rlhf.trainers.roles import Actor, Clock, Critic, Reference, RewardModel, Sampler, Teacher
+
+WORKER = "rlhf.trainers.worker:Worker"
+
+# What a method's rows are; the others sample from prompts.
+LOADERS: dict[str, Callable[..., Any]] = {
+    "sft": load_sft,
+    "rm": load_preferences,
+    "prm": load_steps,
+    "dpo": load_preferences,
+    "kto": load_labels,
+    "distill": load_sft,
+}
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the Python API hands over as objects instead of names in a recipe."""
+
+    model: Any = None
+    tokenizer: Any = None
+    train_rows: Sequence[Mapping[str, Any]] | None = None
+    eval_rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    reward_functions: Mapping[str, Callable] = field(default_factory=dict)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Every set of a stage, checked and in tokens."""
+
+    train: Any
+    eval_sets: Mapping[str, Any]  # prompts
+    eval_pairs: Mapping[str, Any]  # preference pairs
+    ptx: Any = None  # texts to keep modelling
+    prompts: Any = None  # distill: the prompts of the student's own responses
+    gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # online_dpo: answers by prompt id
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All of them, by what a message calls them."""
+        more = {"ptx set": self.ptx, "prompts": self.prompts if self.prompts is not self.train else None}
+        sets = {"training data": self.train, **{f"evaluation set {n!r}": d for n, d in self.eval_sets.items()}}
+        sets |= {f"evaluation set {n!r}": d for n, d in self.eval_pairs.items()}
+        return sets | {name: dataset for name, dataset in more.items() if dataset is not None}
+
+
+def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
+    """The training set and all others, every row checked."""
+    context = _context(recipe, objects)
+
+    def rows_of(config: DatasetConfig, name: str, load: Callable[..., Any], room: int, rows: Any = None) -> Any:
+        return load(config, tokenizer, name=name, max_context=room, rows=rows)
+
+    longest = recipe.evaluation.max_response_tokens
+    section = "rollout" if longest is None else "evaluation"
+    eval_sets = {
+        name: rows_of(
+            config,
+            name,
+            load_prompts,
+            _room(context, longest or recipe.rollout.max_response_tokens, section),
+            objects.eval_rows.get(name),
+        )
+        for name, config in recipe.evaluation.sets.items()
+    }
+    eval_pairs = {
+        name: rows_of(config, name, load_preferences, context, objects.eval_rows.get(name))
+        for name, config in recipe.evaluation.pairs.items()
+    }
+    more: dict[str, Any] = {}
+    if recipe.ptx is not None:
+        more["ptx"] = rows_of(recipe.ptx.data, "ptx", load_sft, context)
+    load = LOADERS.get(recipe.method, load_prompts)
+    if recipe.method == "distill" and recipe.distill.on_policy_frac == 1:
+        load = load_prompts
+    if load is load_prompts or recipe.method == "distill" and recipe.distill.on_policy_frac > 0:
+        room = _room(context, recipe.rollout.max_response_tokens, "rollout")
+        more["prompts"] = rows_of(recipe.data, "train", load_prompts, room, objects.train_rows)
+    train = more["prompts"] if load is load_prompts else rows_of(recipe.data, "train", load, context, objects.train_rows)
+    if recipe.method == "online_dpo" and recipe.online.pairs == "gold":
+        answers = rows_of(recipe.data, "train", load_sft, context, objects.train_rows)
+        more["gold"] = {answers[i].id: answers[i].response_ids for i in range(len(answers))}
+    return Datasets(train=train, eval_sets=eval_sets, eval_pairs=eval_pairs, **more)
+
+
+def _context(recipe: Recipe, objects: Objects) -> int:
+    if objects.model is not None:
+        return objects.model.config.get_text_config().max_position_embeddings
+    return context_length(recipe.model)
+
+
+def _room(context: int, response_tokens: int, section: str) -> int:
+    if response_tokens >= context:
+        raise ValueError(
+            f"{section}.max_response_tokens={response_tokens} leaves no room for a prompt in the model's context of "
+            f"{context} tokens; lower it"
+        )
+    return context - response_tokens
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sampling_params(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[SamplingParams, SamplingParams]:
+    """Sampling for training and for evaluation, with the stop texts of the recipe as token ids."""
+    r, e = recipe.rollout, recipe.evaluation
+    stop_ids = [tokenizer.eos_token_id, *generation_stop_ids(recipe.model, objects.model)]
+    for text in r.stop:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"rollout.stop: {text!r} is {len(ids)} tokens; a stop must be one token of the vocabulary")
+        stop_ids.append(ids[0])
+    unique = tuple(dict.fromkeys(stop_ids))
+    train = SamplingParams(
+        temperature=r.temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        max_tokens=r.max_response_tokens,
+        stop_ids=unique,
+    )
+    evaluation = SamplingParams(
+        temperature=e.temperature,
+        max_tokens=e.max_response_tokens or r.max_response_tokens,
+        stop_ids=unique,
+    )
+    return train, evaluation
+
+
+# -- processes and roles ----------------------------------------------------------------------------------------------
+
+
+def group_specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpec]:
+    """The groups to launch; `updates` is the stage's number of optimiser steps."""
+    groups = recipe.groups
+    if not recipe.placement and torch.cuda.is_available():  # one group with every role, on the GPU if there is one
+        groups = {name: group.model_copy(update={"gpus": 1}) for name, group in groups.items()}
+    processes = sum(g.num_processes for g in groups.values()) if recipe.runtime.backend == "ray" else 1
+    threads = recipe.runtime.threads or max(1, (os.cpu_count() or 1) // processes)
+    return [
+        GroupSpec(
+            name=name,
+            roles=tuple(group.roles),
+            num_processes=group.num_processes,
+            gpus=group.gpus,
+            worker=WORKER,
+            kwargs={
+                "recipe": recipe,
+                "roles": tuple(group.roles),
+                "threads": threads,
+                "total_updates": updates,
+                "model": objects.model,
+                "tokenizer": objects.tokenizer,
+            },
+            threads=threads,
+        )
+        for name, group in groups.items()
+    ]
+
+
+def make_roles(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, objects: Objects) -> dict[str, Any]:
+    """The roles that the recipe has, by their names in `Stage`, and the scorer of its rewards."""
+    micro, needed = recipe.trainer.micro_batch_tokens, recipe.roles
+
+    def role(name: str, kind: Callable[..., Any]) -> Any:
+        return kind(groups.for_role(name), clock, micro_batch_tokens=micro) if name in needed else None
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    sampler = None
+    if "rollout" in needed:
+        sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
+    scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
+    reward_model = role("reward", RewardModel)
+    if reward_model is not None:
+        scorer = RewardSum(scorer, reward_model, weight=recipe.reward_model.weight)
+    return {
+        "actor": role("actor", Actor),
+        "critic": role("critic", Critic),
+        "reference": role("reference", Reference),
+        "teacher": role("teacher", Teacher),
+        "sampler": sampler,
+        "scorer": scorer,
+    }

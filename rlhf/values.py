@@ -1,0 +1,65 @@
+"""Scores of given tokens under a scalar model: a critic's values, a reward model's rewards, scores of steps.
+
+The companion of `rlhf.logprobs`: the only place that knows at which token a number is read. A value is that of the
+state in which a token is chosen, so that it is read at the token before; a reward is read at a row's last token, a
+step's score at the step's last token. Not here: the model (`rlhf.models.scalar`), packing (`rlhf.batching`).
+
+Every function makes one pack and one forward pass of the whole batch: cut it first (`plan_micro_batches`). A batch
+of no rows gives a tensor of no rows without calling the model, which a sharded model (ZeRO-3) must then be run through
+some other way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.batching import PackedSequences, pack, unpack
+from rlhf.models.attention import packed_attention
+from rlhf.records import Batch
+
+
+def packed_scores(model: torch.nn.Module, packed: PackedSequences) -> torch.Tensor:
+    """The score of each of the N tokens of a pack, read when that token has been. (N,) fp32, with gradient if the
+    model has it. `model` is from `load_scalar_model`, or an engine around one, on the pack's device.
+    """
+    with packed_attention(packed):
+        scores = model(
+            input_ids=packed.token_ids[None], position_ids=packed.position_ids[None], use_cache=False
+        )
+    assert scores.shape == packed.token_ids.shape, (
+        f"scores {tuple(scores.shape)} of {len(packed.token_ids)} tokens"
+    )
+    return scores
+
+
+def batch_values(
+    model: torch.nn.Module, batch: Batch, *, targets: torch.Tensor | None = None
+) -> torch.Tensor:
+    """V_t, what the critic expects of the state before token t is chosen: its score at token t - 1.
+
+    Token-aligned: (B, T) fp32, 0 where `targets` (default: response_mask) is False.
+    """
+    targets = batch.response_mask if targets is None else targets
+    return _read(model, batch, targets, shift=1)
+
+
+def batch_step_scores(model: torch.nn.Module, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+    """A process reward model's score (a logit) at each of the tokens that `targets` (B, T) bool marks, read when
+    that token has been. (B, T) fp32, 0 elsewhere.
+    """
+    return _read(model, batch, targets, shift=0)
+
+
+def batch_rewards(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """(B,) fp32: the reward model's score at each row's last token, whatever that token is."""
+    if len(batch) == 0:
+        return torch.zeros(0, device=batch.token_ids.device)
+    packed = pack(batch, batch.response_mask & False)
+    return packed_scores(model, packed)[packed.cu_seqlens[1:].long() - 1]
+
+
+def _read(model: torch.nn.Module, batch: Batch, targets: torch.Tensor, *, shift: int) -> torch.Tensor:
+    if len(batch) == 0:
+        return torch.zeros(targets.shape, device=targets.device)
+    packed = pack(batch, targets)
+    return unpack(packed, packed_scores(model, packed)[packed.target_index - shift], targets)

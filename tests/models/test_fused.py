@@ -1,0 +1,131 @@
+"""The engine's forward: which models it takes over, that it gives their bits, and when it must not."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf.kernels.attention import Plan
+from rlhf.models import fused
+from rlhf.models.attention import PackedContext, packed_attention
+from rlhf.models.fused import StepForward
+from rlhf.models.linear import weights_changed
+from rlhf.recipe.schema import LoraConfig
+
+LENGTHS = [25, 1, 40, 7]
+FUSED = {"llama", "qwen2", "qwen3", "mistral"}
+
+
+def own_logits(model, pack):
+    with packed_attention(pack), torch.no_grad():
+        output = model(input_ids=pack.token_ids[None], position_ids=pack.position_ids[None], use_cache=False)
+    return output.logits[0]
+
+
+def step_logits(forward, pack, keep=None):
+    context = PackedContext(Plan(LENGTHS, LENGTHS))
+    return forward(pack.token_ids, pack.position_ids, context, keep)
+
+
+def scramble(model, seed=1):
+    """New values everywhere: norms that are not 1 and biases that are not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox"])
+def test_it_has_the_bits_of_the_model(name, dtype, prepared, pack):
+    """Would catch: a bias, a norm or a window left out, a head taken for another, a model taken for Llama's."""
+    model, sequences = prepared(name, dtype=dtype), pack(LENGTHS)
+    forward = StepForward(model)
+    assert forward.is_fused == (name in FUSED)
+    scramble(model)
+    forward.refresh()
+    want = own_logits(model, sequences)
+    assert torch.equal(step_logits(forward, sequences), want)
+    keep = torch.tensor([3, 24, 25, 72])
+    assert torch.equal(step_logits(forward, sequences, keep), want[keep])
+
+
+def test_adapters_are_called_as_they_are(prepared, pack):
+    """Would catch: an engine that samples from the base model without its adapters."""
+    model, sequences = prepared("qwen3", trainable=True, lora=LoraConfig(rank=4)), pack(LENGTHS)
+    plain = own_logits(model, sequences)
+    scramble(model)
+    forward = StepForward(model)
+    assert forward.is_fused
+    assert torch.equal(step_logits(forward, sequences), own_logits(model, sequences))
+    assert not torch.equal(plain, own_logits(model, sequences))
+
+
+def test_weights_that_changed_are_joined_again(prepared, pack):
+    """Would catch: q, k and v of old weights, after a write in the open or through .data."""
+    model, sequences = prepared("qwen3"), pack(LENGTHS)
+    forward = StepForward(model)
+    scramble(model)
+    forward.refresh()
+    assert torch.equal(step_logits(forward, sequences), own_logits(model, sequences))
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    weights_changed(model)
+    forward.forget()
+    want = own_logits(model, sequences)
+    assert torch.equal(step_logits(forward, sequences), want)  # before the weights are joined again
+    forward.refresh()
+    assert forward.is_fused and torch.equal(step_logits(forward, sequences), want)
+
+
+def test_hooks_are_respected(prepared, pack):
+    """Would catch: a forward that goes past the hooks by which others gather, offload or look at weights."""
+    model, sequences = prepared("llama"), pack(LENGTHS)
+    forward, calls = StepForward(model), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    forward.refresh()
+    step_logits(forward, sequences)
+    assert calls and not forward.is_fused
+    handle.remove()
+    forward.refresh()
+    assert forward.is_fused
+
+
+@pytest.mark.parametrize("change", ["scaled", "parameter", "module"])
+def test_a_model_is_tried_and_not_taken_by_its_names(change, prepared, pack):
+    """Would catch: an architecture with Llama's names and another arithmetic."""
+    model, sequences = prepared("llama"), pack(LENGTHS)
+    mlp = model.model.layers[1].mlp
+    if change == "parameter":
+        mlp.register_parameter("gain", torch.nn.Parameter(torch.ones(1)))
+    elif change == "module":
+        mlp.add_module("extra", torch.nn.Identity())
+    else:
+
+        class Scaled(type(mlp)):
+            def forward(self, x):
+                return 1.5 * super().forward(x)
+
+        mlp.__class__ = Scaled
+    forward = StepForward(model)
+    assert not forward.is_fused
+    assert torch.equal(step_logits(forward, sequences), own_logits(model, sequences))
+
+
+def test_the_model_is_left_as_it_was(prepared):
+    """Would catch: joined weights in the state dict, or a copy that shares them."""
+    model = prepared("qwen3")
+    before = {name: p.data_ptr() for name, p in model.state_dict().items()}
+    forward = StepForward(model)
+    assert {name: p.data_ptr() for name, p in model.state_dict().items()} == before
+    assert StepForward(copy.deepcopy(model)).is_fused and forward.is_fused
+
+
+def test_where_a_bit_differs_the_model_runs_itself(prepared, pack, monkeypatch):
+    """Would catch: a trial that compares a thing with itself."""
+    rotate = fused._rotate
+    monkeypatch.setattr(fused, "_rotate", lambda *args: rotate(*args) * (1 + 1e-6))
+    model, sequences = prepared("llama"), pack(LENGTHS)
+    forward = StepForward(model)
+    assert not forward.is_fused
+    assert torch.equal(step_logits(forward, sequences), own_logits(model, sequences))

@@ -1,0 +1,41 @@
+"""Distillation: the student imitates a teacher's distribution, on the data's answers or on its own responses.
+
+Offline distillation (1503.02531) and GKD (arXiv 2306.13649): `distill.on_policy_frac` of the steps learn from the
+student's own responses. With divergence sampled_kl the reverse KL of each sampled token is the advantage of a policy
+gradient. The divergences are in `rlhf.divergence`.
+"""
+
+from __future__ import annotations
+
+from rlhf import rng
+from rlhf.batching import make_batch, make_sft_batch
+from rlhf.divergence import distill_advantages
+from rlhf.records import Batch
+from rlhf.trainers.evaluate import flatten
+from rlhf.trainers.stage import Stage
+
+
+def train_distill(stage: Stage) -> None:
+    """Run the stage's remaining steps; `stage` resumes, publishes, evaluates, tracks and saves around them."""
+    d = stage.recipe.distill
+    for step in stage.steps():
+        rollouts = None
+        if rng.generator(stage.recipe.run.seed, "on-policy step", step).random() < d.on_policy_frac:
+            rollouts = flatten(stage.generate(stage.next_rows(stage.prompt_data), step))
+            batch = make_batch(rollouts, group_ids=range(len(rollouts)), needs_reward=False)
+        else:
+            batch = make_sft_batch(stage.next_rows())
+        if d.divergence == "sampled_kl":
+            loss, batch = "policy", with_teacher_advantages(stage, batch)
+        else:
+            loss, batch = "distill", stage.teacher.top(batch)
+        updates = [stage.update(part, loss) for part in stage.minibatches(batch, by_groups=False)]
+        stage.publish()
+        stage.track(step, rollouts=rollouts, batch=batch, updates=updates)
+
+
+def with_teacher_advantages(stage: Stage, batch: Batch) -> Batch:
+    """The batch with A_t = log teacher - log student on the student's own tokens."""
+    old = stage.actor.score(batch)
+    advantages = distill_advantages(old, stage.teacher.score(batch), batch.response_mask)
+    return batch.replace(old_logprobs=old, advantages=advantages)

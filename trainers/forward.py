@@ -1,0 +1,112 @@
+"""What each loss needs from a model: one function per loss, from a micro-batch to a scalar and its sums.
+
+Here: which forward pass feeds which formula. Not here: the formulas (`rlhf.losses`, `rlhf.preference`, `rlhf.kto`,
+`rlhf.reward_loss`, `rlhf.value`, `rlhf.divergence`), and the optimiser step (`deepspeed_engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from rlhf.batching import unpack
+from rlhf.divergence import collision_entropy, distill_loss, topk_divergence
+from rlhf.kernels.logprob import token_logprobs
+from rlhf.kto import LABEL_LOSSES
+from rlhf.logprobs import batch_logits, batch_logprobs, target_ids
+from rlhf.losses import Sums, policy_loss, sft_loss
+from rlhf.preference import preference_loss
+from rlhf.recipe import rules
+from rlhf.recipe.schema import Recipe
+from rlhf.records import Batch
+from rlhf.reward_loss import bradley_terry, prm_loss
+from rlhf.settings import bind
+from rlhf.value import value_loss
+from rlhf.values import batch_rewards, batch_step_scores, batch_values
+
+Loss = tuple[torch.Tensor, Sums]
+
+
+def policy(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl_coef: float) -> Loss:
+    """Policy gradient (ppo, grpo). `kl_coef` is the step's, which may adapt."""
+    settings = rules.decided(recipe).model_copy(update={"kl_coef": kl_coef})
+    logprobs, entropy = batch_logprobs(model, micro, temperature=recipe.rollout.temperature, entropy=True)
+    return policy_loss(micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens)
+
+
+def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """Negative log-likelihood of the loss mask's tokens."""
+    logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+    return sft_loss(micro, logprobs)
+
+
+def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """The NLL that keeps a policy a language model, weighted (InstructGPT's PPO-ptx)."""
+    loss, sums = sft(recipe, model, micro)
+    renamed = {name.replace("sft/", "ptx/").replace("num_", "num_ptx_"): value for name, value in sums.items()}
+    return recipe.algorithm.ptx_coef * loss, renamed
+
+
+def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """DPO and its family."""
+    if not recipe.preference.wpo:
+        logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+        return preference_loss(micro, logprobs, recipe.preference)
+    packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
+    logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
+    spread = collision_entropy(logits.detach(), temperature=1.0)
+    like = micro.token_ids
+    return preference_loss(
+        micro, unpack(packed, logprobs, like), recipe.preference, collision_entropy=unpack(packed, spread, like)
+    )
+
+
+def kto(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+    return bind(LABEL_LOSSES[recipe.kto.loss], recipe.kto)(micro, logprobs)
+
+
+def reward_model(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """Bradley-Terry on the scores of chosen and rejected answers."""
+    return bind(bradley_terry, recipe.reward_modeling)(batch_rewards(model, micro), micro)
+
+
+def process_reward(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """Right or wrong, at the last token of every step of an answer."""
+    return prm_loss(batch_step_scores(model, micro, micro.loss_mask), micro)
+
+
+def value(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """The critic's squared error."""
+    return bind(value_loss, recipe.critic)(micro, batch_values(model, micro))
+
+
+def distill(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
+    """Distance to the teacher at every token of the loss mask."""
+    d, like = recipe.distill, micro.token_ids
+    packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
+    at = (packed.rows, packed.cols)
+    distance = bind(topk_divergence, d)(logits, micro.teacher_ids[at], micro.teacher_logprobs[at])
+    logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
+    return bind(distill_loss, d)(micro, unpack(packed, logprobs, like), unpack(packed, distance, like))
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "policy": policy,
+    "sft": sft,
+    "ptx": ptx,
+    "preference": preference,
+    "kto": kto,
+    "reward_model": reward_model,
+    "process_reward": process_reward,
+    "value": value,
+    "distill": distill,
+}
+
+
+def loss_function(name: str, recipe: Recipe, **changing: float) -> Callable[[torch.nn.Module, Batch], Loss]:
+    """`(model, micro-batch) -> (share of the step's loss, sums)`; `changing` are settings that differ from step to
+    step."""
+    return partial(LOSSES[name], recipe, **changing)
