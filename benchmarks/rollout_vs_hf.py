@@ -6,7 +6,11 @@ prompts, each repeated once per sample; the engine runs the prepared model. Runs
 each is a warm-up, and medians are reported. Tokens per second count response tokens up to and including the
 stop token on both sides. The engine's time includes log-probs, which `generate` is not asked for.
 
-    python benchmarks/rollout_vs_hf.py [--runs 5] [--threads 2] [--out benchmarks/results]
+    python benchmarks/rollout_vs_hf.py [--run runs/quickstart] [--runs 5] [--threads 2] [--out benchmarks/results]
+
+With --run, the model is the one that the finished quickstart's GRPO stage started from, the prompts are those of its
+first step and the settings its recipe's: some responses are a few tokens long and some thirty, as GRPO met them. Without,
+weights and prompts are random and about one token in 13 is a stop.
 
 Prints one JSON object and one line for people; writes a file only with --out.
 """
@@ -21,24 +25,37 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
+from rlhf.data import load_prompts, rows_from
 from rlhf.models.linear import prepare_linears
+from rlhf.recipe.load import load_plan
 from rlhf.rng import generator, key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
 
 VOCAB = 64
-# with random weights about one token in 13 is a stop: responses of 8 to 32 tokens, 20 on average
-STOP_IDS = tuple(range(8, 13))
-MIN_TOKENS, MAX_TOKENS = 8, 32
 
 
-def build_models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(prepared model, stock sdpa model) with the same random weights; the quickstart's architecture."""
+@dataclass(frozen=True)
+class Workload:
+    """What both sides are asked for."""
+
+    name: str
+    stock: torch.nn.Module
+    prompts: list[list[int]]
+    samples: int  # of each prompt
+    stop_ids: tuple[int, ...]
+    min_tokens: int
+    max_tokens: int
+
+
+def random_workload(num_prompts: int, samples: int) -> Workload:
+    """The quickstart's architecture with random weights; responses of 8 to 32 tokens, 20 on average."""
     config = transformers.Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=192,
@@ -55,10 +72,43 @@ def build_models() -> tuple[torch.nn.Module, torch.nn.Module]:
     )
     torch.manual_seed(0)
     stock = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return Workload(
+        "random weights",
+        stock,
+        make_prompts(num_prompts),
+        samples,
+        stop_ids=tuple(range(8, 13)),
+        min_tokens=8,
+        max_tokens=32,
+    )
+
+
+def quickstart_workload(run_dir: Path) -> Workload:
+    """The first step of a finished quickstart's GRPO stage."""
+    plan = load_plan(run_dir / "recipe.yaml")
+    warmup, grpo = plan.stages
+    folder = run_dir / "stages" / warmup.name / "model"
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    recipe, rows = grpo.recipe, load_prompts(grpo.recipe.data, tokenizer, name="train", max_context=None)
+    first = rows_from(len(rows), seed=recipe.run.seed, position=0, count=recipe.trainer.prompts_per_step)
+    return Workload(
+        "quickstart, first GRPO step",
+        stock,
+        [list(rows[i].token_ids) for i in first],
+        recipe.rollout.group_size,
+        stop_ids=(tokenizer.eos_token_id,),
+        min_tokens=0,
+        max_tokens=recipe.rollout.max_response_tokens,
+    )
+
+
+def prepared_copy(stock: torch.nn.Module) -> torch.nn.Module:
+    """The same weights as the engine runs them."""
     prepared = copy.deepcopy(stock)
     prepared.set_attn_implementation("rlhf")
     prepare_linears(prepared)
-    return prepared, stock
+    return prepared
 
 
 def make_prompts(count: int) -> list[list[int]]:
@@ -67,42 +117,44 @@ def make_prompts(count: int) -> list[list[int]]:
     return [source.integers(12, VOCAB, source.integers(8, 13)).tolist() for _ in range(count)]
 
 
-def engine_run(engine: Engine, prompts: list[list[int]], samples: int) -> Callable[[int], int]:
+def engine_run(engine: Engine, work: Workload) -> Callable[[int], int]:
     """A function of the run's number that generates once and returns the number of response tokens."""
-    params = SamplingParams(max_tokens=MAX_TOKENS, min_tokens=MIN_TOKENS, stop_ids=STOP_IDS)
+    params = SamplingParams(max_tokens=work.max_tokens, min_tokens=work.min_tokens, stop_ids=work.stop_ids)
 
     def run(number: int) -> int:
         engine.set_version(number)  # as after an update: nothing cached, weights packed anew
         requests = [
-            Request(str(i), tuple(p), params, tuple(key(number, "benchmark", i, j) for j in range(samples)))
-            for i, p in enumerate(prompts)
+            Request(
+                str(i), tuple(p), params, tuple(key(number, "benchmark", i, j) for j in range(work.samples))
+            )
+            for i, p in enumerate(work.prompts)
         ]
         return sum(len(c.token_ids) for group in engine.generate(requests) for c in group)
 
     return run
 
 
-def generate_run(model: torch.nn.Module, prompts: list[list[int]], samples: int) -> Callable[[int], int]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+def generate_run(work: Workload) -> Callable[[int], int]:
+    width = max(map(len, work.prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in work.prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in work.prompts])
 
     def run(number: int) -> int:
         torch.manual_seed(number)
-        out = model.generate(
+        out = work.stock.generate(
             ids,
             attention_mask=mask,
-            num_return_sequences=samples,
+            num_return_sequences=work.samples,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            min_new_tokens=MIN_TOKENS,
-            max_new_tokens=MAX_TOKENS,
-            eos_token_id=list(STOP_IDS),
+            min_new_tokens=work.min_tokens or None,
+            max_new_tokens=work.max_tokens,
+            eos_token_id=list(work.stop_ids),
             pad_token_id=0,
         )[:, width:].numpy()
-        stopped = np.isin(out, STOP_IDS)
+        stopped = np.isin(out, work.stop_ids)
         lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, out.shape[1])
         return int(lengths.sum())
 
@@ -147,6 +199,7 @@ def machine() -> dict[str, str | int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="directory of a finished quickstart")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
@@ -154,21 +207,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    prepared, stock = build_models()
-    prompts = make_prompts(args.prompts)
+    work = random_workload(args.prompts, args.samples) if args.run is None else quickstart_workload(args.run)
     config = EngineConfig(page_tokens=64, max_batch_tokens=8192, max_sequences=512, prefix_cache=True)
     sides = {
-        "engine": engine_run(Engine(prepared, config), prompts, args.samples),
-        "generate": generate_run(stock, prompts, args.samples),
+        "engine": engine_run(Engine(prepared_copy(work.stock), config), work),
+        "generate": generate_run(work),
     }
     results = compare(sides, args.runs)
     ratio = results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"]
     report = {
         "benchmark": "rollout_vs_hf",
         "date": time.strftime("%Y-%m-%d"),
-        "parameters": sum(p.numel() for p in stock.parameters()),
-        "prompts": args.prompts,
-        "samples": args.samples,
+        "workload": work.name,
+        "parameters": sum(p.numel() for p in work.stock.parameters()),
+        "prompts": len(work.prompts),
+        "samples": work.samples,
         "runs": args.runs,
         **results,
         "ratio": ratio,
@@ -181,7 +234,8 @@ def main() -> None:
     )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        name = f"rollout_vs_hf-{report['date']}-{torch.get_num_threads()}-threads.json"
+        kind = "random" if args.run is None else "quickstart"
+        name = f"rollout_vs_hf-{kind}-{report['date']}-{torch.get_num_threads()}-threads.json"
         (args.out / name).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.kernels.threads import serial
+
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
 KEY_STEP = 16  # keys are padded to a multiple of this
 TILE = 128  # probabilities x values is summed over tiles of this many positions
@@ -171,6 +173,9 @@ class Plan:
 
     def _pieces(self, num_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut long runs of queries: (sequence, first query, number of queries) of each piece."""
+        if len(self.query_lens) == self.num_tokens:  # decoding: one query each
+            whole = np.arange(self.num_tokens)
+            return whole, np.zeros_like(whole), self.query_lens
         longest = int(self.context_lens[self.query_lens > 1].max(initial=1))
         size = int(np.clip(_MAX_SCORES // (num_heads * longest), 16, _MAX_QUERIES)) // 16 * 16
         pieces = -(-self.query_lens // size)
@@ -221,25 +226,33 @@ def _group(
 ) -> list[tuple[np.ndarray, int, int]]:
     """Pieces of similar size together: (members, padded queries, padded keys), padding at most half as much
     again as the work itself, or too little to matter."""
-    shape, member_of, counts = np.unique(queries << 32 | keys, return_inverse=True, return_counts=True)
-    order = np.argsort(member_of, kind="stable")
-    groups: list[tuple[int, int, int, int, int]] = []  # end in `order`, R, L, number of pieces, real scores
-    end = 0
-    for code, n in zip(shape.tolist(), counts.tolist()):
-        r, width, end = code >> 32, code & 0xFFFFFFFF, end + n
-        if groups:
-            _, last_r, last_width, last_n, last_work = groups[-1]
-            top_r, top_width, total, work = (
-                max(r, last_r),
-                max(width, last_width),
-                n + last_n,
-                last_work + n * r * width,
-            )
-            waste = total * top_r * top_width - work
-            if waste <= work // 2 or waste * heads * group <= _CHEAP_SCORES:
-                groups[-1] = (end, top_r, top_width, total, work)
-                continue
-        groups.append((end, r, width, n, n * r * width))
+
+    def is_little(waste: int, work: int) -> bool:
+        return waste <= work // 2 or waste * heads * group <= _CHEAP_SCORES
+
+    num_pieces, top_r, top_width, work = (
+        len(queries),
+        int(queries.max()),
+        int(keys.max()),
+        int(queries @ keys),
+    )
+    if is_little(num_pieces * top_r * top_width - work, work):  # the usual step of decoding
+        order, groups = np.arange(num_pieces), [(num_pieces, top_r, top_width, num_pieces, work)]
+    else:
+        shape, member_of, counts = np.unique(queries << 32 | keys, return_inverse=True, return_counts=True)
+        order = np.argsort(member_of, kind="stable")
+        groups = []  # end in `order`, R, L, number of pieces, real scores
+        end = 0
+        for code, n in zip(shape.tolist(), counts.tolist()):
+            r, width, end = code >> 32, code & 0xFFFFFFFF, end + n
+            if groups:
+                _, last_r, last_width, last_n, last_work = groups[-1]
+                top_r, top_width, total = max(r, last_r), max(width, last_width), n + last_n
+                work = last_work + n * r * width
+                if is_little(total * top_r * top_width - work, work):
+                    groups[-1] = (end, top_r, top_width, total, work)
+                    continue
+            groups.append((end, r, width, n, n * r * width))
     out = []
     start = 0
     for end, r, width, _, _ in groups:
@@ -429,7 +442,8 @@ def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.
 def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: int) -> torch.Tensor:
     """`_gather` into scratch memory."""
     place = _scratch(name, (rows.shape[0], table.shape[1]), table.dtype, table.device)
-    torch.index_select(table, 0, rows, out=place)
+    with serial(place.numel()):
+        torch.index_select(table, 0, rows, out=place)
     dtype = _compute_dtype(table.dtype)
     if dtype != table.dtype:
         place = _scratch(name, place.shape, dtype, table.device).copy_(place)
@@ -460,7 +474,8 @@ def _attend(
         probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, device))
         vb = _gather_scratch("kv", _runs(v, block.run), block.key_rows, *keys, v_dim)
         _weighted_values(probs, vb, out.view(batch, rows, v_dim))
-    return flat.index_select(0, layout.output_rows).to(q_rows.dtype)
+    with serial(flat.numel()):
+        return flat.index_select(0, layout.output_rows).to(q_rows.dtype)
 
 
 def _scores(
@@ -476,7 +491,8 @@ def _scores(
     scores = torch.bmm(q, k.transpose(1, 2), out=out)
     by_head = scores.view(block.num_pieces, heads, block.num_queries, -1, block.num_keys)
     if softcap is None:
-        torch.add(block.make_mask(), by_head, alpha=scale, out=by_head)
+        with serial(scores.numel()):
+            torch.add(block.make_mask(), by_head, alpha=scale, out=by_head)
     else:
         by_head.mul_(scale / softcap).tanh_().mul_(softcap).add_(block.make_mask())
     return scores

@@ -22,12 +22,15 @@ def log_softmax(logits: torch.Tensor, temperature: Temperature = 1.0) -> torch.T
     """(M, V) logits of any float dtype -> (M, V) fp32 (fp64 stays) log-probabilities, nats, at
     `temperature`.
     """
+    return torch.log_softmax(scaled_logits(logits, temperature), -1)
+
+
+def scaled_logits(logits: torch.Tensor, temperature: Temperature) -> torch.Tensor:
+    """(M, V) fp32 (fp64 stays): logits / temperature; the very tensor where that changes nothing."""
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, torch.Tensor):
-        scaled = scaled / temperature.to(scaled.dtype)[:, None]
-    elif temperature != 1.0:
-        scaled = scaled / temperature
-    return torch.log_softmax(scaled, -1)
+        return scaled / temperature.to(scaled.dtype)[:, None]
+    return scaled if temperature == 1.0 else scaled / temperature
 
 
 def token_logprobs(
@@ -54,7 +57,21 @@ def token_logprobs(
     return logprobs, entropies if entropy else None
 
 
-def _of_rows(temperature: Temperature, rows: slice) -> Temperature:
+def row_entropies(logprobs: torch.Tensor) -> torch.Tensor:
+    """(M, V) log-probs, which are spoilt, -> (M,) -sum p log p, where tokens of probability 0 have no part.
+    torch.special.entr takes its logarithms one by one: longer than the products that make the logits."""
+    finite = logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
+    return finite.exp().mul_(finite).sum(-1).neg_()
+
+
+def entropy_slopes(logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """(M, V) dH / dz_j = -p_j (log p_j + H) from log-probs and entropies (M,)."""
+    finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+    return finite.exp().neg_().mul_(finite.add_(entropies[:, None]))
+
+
+def of_rows(temperature: Temperature, rows: slice) -> Temperature:
+    """The temperature of some of the rows."""
     return temperature[rows] if isinstance(temperature, torch.Tensor) else temperature
 
 
@@ -72,10 +89,10 @@ def _token_logprobs(
     logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     entropies = torch.zeros_like(logprobs)
     for rows in _chunks(logits):
-        chunk = log_softmax(logits[rows], _of_rows(temperature, rows))
+        chunk = log_softmax(logits[rows], of_rows(temperature, rows))
         logprobs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
         if entropy:
-            entropies[rows] = torch.special.entr(chunk.exp_()).sum(-1)
+            entropies[rows] = row_entropies(chunk)
     return logprobs, entropies
 
 
@@ -96,18 +113,18 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        # d logp_t / dz_j = [j = t] - p_j ;  dH / dz_j = -p_j (log p_j + H)
+        # d logp_t / dz_j = [j = t] - p_j
         logits, targets, entropies = ctx.saved_tensors
         grad = torch.zeros_like(entropies) if grad is None else grad
         grad_logits = torch.empty_like(logits)
         for rows in _chunks(logits):
-            temperature = _of_rows(ctx.temperature, rows)
-            probs = log_softmax(logits[rows], temperature).exp_()
-            target = targets[rows, None]
+            temperature = of_rows(ctx.temperature, rows)
+            chunk = log_softmax(logits[rows], temperature)
+            slope = None if grad_entropy is None else entropy_slopes(chunk, entropies[rows])
+            probs, target = chunk.exp_(), targets[rows, None]
             out = probs * -grad[rows, None]
             out.scatter_add_(1, target, grad[rows, None])
-            if grad_entropy is not None:
-                slope = torch.special.entr(probs).sub_(probs.mul_(entropies[rows, None]))
+            if slope is not None:
                 out.addcmul_(slope, grad_entropy[rows, None])
             grad_logits[rows] = out.div_(
                 temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature

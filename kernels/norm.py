@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rlhf.kernels.threads import serial
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis: x (..., H), weight (H,) -> (..., H),
@@ -27,10 +29,11 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / sqrt(mean(x^2) + eps) of each row."""
-    wide = _wide(x)
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    normal = (wide * scale).to(x.dtype)
-    return (normal.mul_(weight) if weight.dtype == x.dtype else normal * weight), scale
+    with serial(x.numel()):
+        wide = _wide(x)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normal = (wide * scale).to(x.dtype)
+        return (normal.mul_(weight) if weight.dtype == x.dtype else normal * weight), scale
 
 
 class _RmsNorm(torch.autograd.Function):

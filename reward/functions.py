@@ -19,12 +19,12 @@ import inspect
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.recipe.suggest import closest
-from rlhf.reward.gsm8k import is_correct
+from rlhf.reward.gsm8k import final_number, is_correct
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -63,6 +63,8 @@ def format_rule(
 
 
 FUNCTIONS: dict[str, RewardFunction] = {"gsm8k": gsm8k, "exact_match": exact_match, "format": format_rule}
+# How a rule reads the answer out of a response, for votes among several; None = it holds none.
+ANSWERS: dict[str, Callable[[str], Hashable | None]] = {"gsm8k": final_number, "exact_match": str.strip}
 
 
 def resolve(name: str, extra: Mapping[str, RewardFunction] | None = None) -> RewardFunction:

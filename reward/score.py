@@ -28,7 +28,7 @@ from rlhf.faults import fault_point
 from rlhf.recipe.schema import RewardConfig
 from rlhf.records import Rollout
 from rlhf.reward.child import describe
-from rlhf.reward.functions import FUNCTIONS, RewardFunction, did_you_mean, resolve
+from rlhf.reward.functions import ANSWERS, FUNCTIONS, RewardFunction, did_you_mean, resolve
 from rlhf.reward.process import FunctionFailed, NotSendable, RewardProcess, RewardTimeout
 from rlhf.reward.results import Judgement, RewardError, read_result
 
@@ -79,6 +79,8 @@ class Scorer:
         self._process = RewardProcess(apart) if apart else None
         self._said: set[tuple[str, str]] = set()
         self.stats: dict[str, float] = {}
+        # Reads the answer out of a response's text, by the first rule that knows how; None = no rule does.
+        self.answer_of = next((ANSWERS[c.function] for c in configs if c.function in ANSWERS), None)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts, in the same order, with reward (the weighted sum of the parts) and reward_parts;

@@ -216,7 +216,8 @@ def plan_micro_batches(
 
 def _plan(lengths: Sequence[int], num_processes: int, max_tokens: int) -> list[list[list[int]]]:
     """[process][micro-batch] -> units, ascending."""
-    needed = max(sum(lengths) / max_tokens, sum(2 * length > max_tokens for length in lengths))
+    filled = sum(min(length, max_tokens) for length in lengths) / max_tokens  # a longer unit fills one alone
+    needed = max(filled, sum(2 * length > max_tokens for length in lengths))
     per_process = max(1, math.ceil(needed / num_processes))
     while (bins := _fill(lengths, per_process * num_processes, max_tokens)) is None:
         per_process += 1

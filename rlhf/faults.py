@@ -15,6 +15,7 @@ import time
 POINTS = (
     "rollout.mid",
     "reward.mid",
+    "reference.mid",
     "train.forward",
     "train.backward",
     "optimizer.before",

@@ -13,6 +13,7 @@ from rlhf.batching import PackedSequences, pack, unpack
 from rlhf.divergence import teacher_top_k
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.models.attention import packed_attention
+from rlhf.models.head import LogprobRequest, ask_head, has_logprob_head
 from rlhf.records import Batch
 
 
@@ -23,14 +24,18 @@ def packed_logprobs(
     distributions.
 
     (M,) fp32 each, nats, with gradient if the model has it; None in place of an entropy that was not asked
-    for. Logits are computed at the M places before the targets only. `model` is a causal language model from
-    `rlhf.models.load`, or an engine around one, on the pack's device. Raises ValueError for a temperature
-    that is not above 0.
+    for. Logits are computed at the M places before the targets only, and a chunk of them at a time where the
+    model's head allows it (`rlhf.models.head`). `model` is a causal language model from `rlhf.models.load`, or an
+    engine around one, on the pack's device. Raises ValueError for a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: log-probs need one above 0; for greedy samples use 1")
-    logits = packed_logits(model, packed)
-    return token_logprobs(logits, target_ids(packed), temperature, entropy=entropy)
+    if not has_logprob_head(model):
+        return token_logprobs(packed_logits(model, packed), target_ids(packed), temperature, entropy=entropy)
+    request = LogprobRequest(packed.target_index - 1, target_ids(packed), temperature, entropy)
+    with ask_head(request):
+        answer = _run(model, packed, logits_to_keep=0)
+    return answer[:, 0], answer[:, 1] if entropy else None
 
 
 def target_ids(packed: PackedSequences) -> torch.Tensor:
@@ -41,17 +46,25 @@ def target_ids(packed: PackedSequences) -> torch.Tensor:
 def packed_logits(model: torch.nn.Module, packed: PackedSequences) -> torch.Tensor:
     """(M, V) logits of the distributions that the M target tokens were drawn from."""
     sources = packed.target_index - 1
-    with packed_attention(packed):
-        logits = model(
-            input_ids=packed.token_ids[None],
-            position_ids=packed.position_ids[None],
-            logits_to_keep=sources,
-            use_cache=False,
-        ).logits[0]
+    logits = _run(model, packed, logits_to_keep=sources)
     assert logits.shape[0] == sources.shape[0], (
         f"{logits.shape[0]} rows of logits for {sources.shape[0]} targets"
     )
     return logits
+
+
+def _run(
+    model: torch.nn.Module, packed: PackedSequences, *, logits_to_keep: torch.Tensor | int
+) -> torch.Tensor:
+    """One forward pass over the pack; what the model's head gives, a row for each token or each one kept."""
+    with packed_attention(packed):
+        output = model(
+            input_ids=packed.token_ids[None],
+            position_ids=packed.position_ids[None],
+            logits_to_keep=logits_to_keep,
+            use_cache=False,
+        )
+    return output.logits[0]
 
 
 def batch_logprobs(

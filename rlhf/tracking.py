@@ -349,15 +349,24 @@ class Tracker:
     def _summary(self) -> list[tuple[str, str]]:
         facts = []
         for change in heldout_changes(self._headlines):
-            share = is_share(change.name)
-            values = f"{format_value(change.first, share=share)} → {format_value(change.last, share=share)}"
-            facts.append((f"held out, {change.name.removeprefix('eval/')}", values))
+            facts.append((f"held out, {change.name.removeprefix('eval/')}", self._milestones(change.name)))
         if any("reward/mean" in r for r in self._headlines):
             first, last, _ = trend_of(self._headlines, "reward/mean")
             facts.append(("training reward", f"{format_value(first)} → {format_value(last)}"))
         if "model" in self._run["facts"]:
             facts.append(("model", self._run["facts"]["model"]))
         return [*facts, ("report", str(self.run_dir / REPORT_FILE))]
+
+
+    def _milestones(self, name: str) -> str:
+        """The metric's first value, and its last one in every stage: "1.0 % → 43.0 % (warmup) → 95.0 % (grpo)"."""
+        records = [r for r in self._headlines if name in r]
+        last_of = {r["stage"]: r[name] for r in records[1:]}
+        shown = [format_value(records[0][name], share=is_share(name))]
+        for stage, value in last_of.items():
+            label = f" ({stage})" if len(last_of) > 1 else ""
+            shown.append(format_value(value, share=is_share(name)) + label)
+        return " → ".join(shown)
 
 
 class _Wandb:
@@ -447,7 +456,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _headline_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the closing summary needs of a record."""
-    return {k: v for k, v in record.items() if k in ("step", "reward/mean") or k.startswith("eval/")}
+    return {k: v for k, v in record.items() if k in ("step", "stage", "reward/mean") or k.startswith("eval/")}
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

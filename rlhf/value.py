@@ -30,15 +30,17 @@ def value_loss(
     mask = batch.loss_mask
     values, returns = torch.where(mask, values, 0.0), torch.where(mask, batch.returns, 0.0)
     squared = (values - returns).square()
-    worst = squared
+    worst, held = squared, torch.zeros_like(mask)
     if value_clip is not None:
         if batch.values is None:
             raise ValueError(
                 f"value_clip={value_clip} needs batch.values; score the batch with the critic, or use value_clip: null"
             )
         old_values = torch.where(mask, batch.values, 0.0)
-        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        moved = values - old_values
+        clipped = old_values + moved.clamp(-value_clip, value_clip)
         worst = torch.maximum(squared, (clipped - returns).square())
+        held = (moved.abs() > value_clip) & (worst > squared)  # within the clip they differ by rounding only
     share = aggregate(
         0.5 * worst,
         mask,
@@ -52,7 +54,7 @@ def value_loss(
         sums = {
             "num_tokens": mask.sum().double(),
             "value/loss": share.detach().double(),
-            "value/clip_frac": (worst > squared).sum().double(),
+            "value/clip_frac": held.sum().double(),
             "value/mean": inside.sum(),
             "critic_fit/return": targets.sum(),
             "critic_fit/return_squared": targets.square().sum(),

@@ -2,7 +2,8 @@
 
 The companion of `rlhf.logprobs`: the only place that knows at which token a number is read. A value is that of the
 state in which a token is chosen, so that it is read at the token before; a reward is read at a row's last token, a
-step's score at the step's last token. Not here: the model (`rlhf.models.scalar`), packing (`rlhf.batching`).
+step's score at the step's last token. Not here: the models (`rlhf.models.scalar`, `rlhf.models.value_head`), packing
+(`rlhf.batching`).
 
 Every function makes one pack and one forward pass of the whole batch: cut it first (`plan_micro_batches`). A batch
 of no rows gives a tensor of no rows without calling the model, which a sharded model (ZeRO-3) must then be run through
@@ -14,7 +15,9 @@ from __future__ import annotations
 import torch
 
 from rlhf.batching import PackedSequences, pack, unpack
+from rlhf.logprobs import packed_logprobs
 from rlhf.models.attention import packed_attention
+from rlhf.models.value_head import ask_values
 from rlhf.records import Batch
 
 
@@ -41,6 +44,32 @@ def batch_values(
     """
     targets = batch.response_mask if targets is None else targets
     return _read(model, batch, targets, shift=1)
+
+
+def batch_logprobs_and_values(
+    model: torch.nn.Module,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    targets: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """`batch_logprobs` and `batch_values` from one forward pass of a causal language model with a value head
+    (`rlhf.models.value_head`): log-probs, entropies or None, values; each (B, T) fp32, 0 where `targets` (default:
+    response_mask) is False.
+    """
+    targets = batch.response_mask if targets is None else targets
+    if len(batch) == 0:
+        nothing = torch.zeros(targets.shape, device=targets.device)
+        return nothing, nothing.clone() if entropy else None, nothing.clone()
+    packed = pack(batch, targets)
+    with ask_values() as given:
+        logprobs, entropies = packed_logprobs(model, packed, temperature=temperature, entropy=entropy)
+    (values,) = given
+    if len(values) == len(packed.token_ids):  # of every token; else of those before the targets already
+        values = values[packed.target_index - 1]
+    entropies = unpack(packed, entropies, targets) if entropy else None
+    return unpack(packed, logprobs, targets), entropies, unpack(packed, values, targets)
 
 
 def batch_step_scores(model: torch.nn.Module, batch: Batch, targets: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def test_a_python_without_venv_and_pip_is_told_what_to_install(checkout, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/setup.sh", "scripts/quickstart.sh", "scripts/test.sh", ".ci/run"]
+    "script", ["scripts/setup.sh", "scripts/quickstart.sh", "scripts/test.sh", "scripts/parity.sh", ".ci/run"]
 )
 def test_the_scripts_parse(script):
     subprocess.run(["bash", "-n", str(REPO / script)], check=True, timeout=10)

@@ -384,7 +384,7 @@ class TrainingEngine:
         """After the last of the first steps: the trained parameters that are what they were, on every process."""
         if self.version != self._watched_steps or self._at_start is None:
             return ()
-        before, self._at_start = self._at_start, {}
+        before, self._at_start = self._at_start, None
         now = self._fingerprints()
         moved = torch.tensor([before[name] != now[name] for name in before], dtype=torch.int32)
         if self._info.world_size > 1:

@@ -26,10 +26,11 @@ def train_distill(stage: Stage) -> None:
         else:
             batch = make_sft_batch(stage.next_rows())
         if d.divergence == "sampled_kl":
-            loss, batch = "policy", with_teacher_advantages(stage, batch)
+            loss, taught = "policy", with_teacher_advantages(stage, batch)
+            stage.note({"distill/divergence": -float(taught.advantages[batch.loss_mask].mean())})
         else:
-            loss, batch = "distill", stage.teacher.top(batch)
-        updates = [stage.update(part, loss) for part in stage.minibatches(batch, by_groups=False)]
+            loss, taught = "distill", stage.teacher.top(batch)
+        updates = [stage.update(part, loss) for part in stage.minibatches(taught, by_groups=False)]
         stage.publish()
         stage.track(step, rollouts=rollouts, batch=batch, updates=updates)
 

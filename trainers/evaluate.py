@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from rlhf.batching import make_preference_batch
 from rlhf.data import PromptDataset
+from rlhf.pass_at_k import majority, pass_at_k
 from rlhf.recipe.schema import EvaluationConfig
 from rlhf.records import Batch, Rollout, RolloutGroup
 from rlhf.reward import Scorer
@@ -36,25 +37,38 @@ def evaluate(
         [prompts[i] for i in range(len(prompts))], params, samples=config.samples, purpose=f"eval/{name}", step=0
     )
     rollouts = scorer.score([r for group in groups for r in group.rollouts])
-    return eval_metrics(name, rollouts, config.samples, config.correct_above), rollouts
+    return eval_metrics(name, rollouts, config, extract=scorer.answer_of), rollouts
 
 
-def eval_metrics(name: str, rollouts: Sequence[Rollout], samples: int, correct_above: float) -> dict[str, float]:
-    """pass@1, pass@k, mean reward and truncation of scored rollouts, `samples` in a row for each prompt.
+def eval_metrics(
+    name: str,
+    rollouts: Sequence[Rollout],
+    config: EvaluationConfig,
+    *,
+    extract: Callable[[str], Hashable | None] | None = None,
+) -> dict[str, float]:
+    """pass@1, pass@k, maj@n, mean reward and truncation of scored rollouts, n = `config.samples` in a row for each prompt.
 
-    pass@1 is the mean over all responses; pass@k the share of prompts with at least one pass among the k = `samples`
-    drawn (the unbiased estimator of 2107.03374 for n = k). A response whose reward is missing did not pass.
+    pass@1 is the mean over all responses, which is also called mean@n; pass@k, for each k of `config.ks`, is the
+    unbiased estimate from n; maj@n the share of prompts whose most frequent answer, as `extract` reads it, passes. A
+    response whose reward is missing did not pass.
     """
-    passed = np.array([r.reward is not None and r.reward > correct_above for r in rollouts]).reshape(-1, samples)
+    n = config.samples
+    passed = np.array([r.reward is not None and r.reward > config.correct_above for r in rollouts]).reshape(-1, n)
     rewards = [r.reward for r in rollouts if r.reward is not None]
     metrics = {
-        f"eval/{name}/pass@1": float(passed.mean()),
-        f"eval/{name}/reward_mean": float(np.mean(rewards)) if rewards else float("nan"),
-        f"eval/{name}/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        "pass@1": float(passed.mean()),
+        "reward_mean": float(np.mean(rewards)) if rewards else float("nan"),
+        "truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }
-    if samples > 1:
-        metrics[f"eval/{name}/pass@{samples}"] = float(passed.any(axis=1).mean())
-    return metrics
+    if n > 1:
+        metrics[f"mean@{n}"] = metrics["pass@1"]
+        metrics |= {f"pass@{k}": pass_at_k(passed.sum(axis=1), n, k) for k in config.ks or [n] if k > 1}
+    if n > 1 and extract is not None:
+        answers = [extract(r.response_text) for r in rollouts]
+        chosen = [majority(answers[i * n : (i + 1) * n]) for i in range(len(passed))]
+        metrics[f"maj@{n}"] = float(np.mean([j is not None and row[j] for j, row in zip(chosen, passed, strict=True)]))
+    return {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
 
 
 def evaluate_pairs(name: str, pairs: Any, stage: Stage) -> dict[str, float]:
@@ -89,7 +103,8 @@ def _scores(stage: Stage, batch: Batch) -> torch.Tensor:
             scores = scores / sequence_lengths(batch.loss_mask)
         else:
             scores = scores - sequence_logprobs(batch.ref_logprobs, batch.loss_mask)
-        scores = stage.recipe.preference.beta * scores
+        recipe = stage.recipe
+        scores = (recipe.kto if recipe.method == "kto" else recipe.preference).beta * scores
     return (scores[0::2] - scores[1::2]).float()
 
 

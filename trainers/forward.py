@@ -24,7 +24,7 @@ from rlhf.records import Batch
 from rlhf.reward_loss import bradley_terry, prm_loss
 from rlhf.settings import bind
 from rlhf.value import value_loss
-from rlhf.values import batch_rewards, batch_step_scores, batch_values
+from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_scores, batch_values
 
 Loss = tuple[torch.Tensor, Sums]
 
@@ -36,6 +36,17 @@ def policy(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl_coef: flo
     return policy_loss(micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens)
 
 
+def policy_and_value(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl_coef: float) -> Loss:
+    """Policy gradient and the critic's loss from one pass, where both have one trunk."""
+    settings = rules.decided(recipe).model_copy(update={"kl_coef": kl_coef})
+    logprobs, entropy, values = batch_logprobs_and_values(
+        model, micro, temperature=recipe.rollout.temperature, entropy=True
+    )
+    loss, sums = policy_loss(micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens)
+    critic_loss, critic_sums = bind(value_loss, recipe.critic)(micro, values)
+    return loss + recipe.critic.coef * critic_loss, sums | critic_sums
+
+
 def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """Negative log-likelihood of the loss mask's tokens."""
     logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
@@ -44,7 +55,11 @@ def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 
 def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """The NLL that keeps a policy a language model, weighted (InstructGPT's PPO-ptx)."""
-    loss, sums = sft(recipe, model, micro)
+    if recipe.shares_trunk:  # every trained tensor takes part in every micro-batch, as DeepSpeed wants it
+        logprobs, _, values = batch_logprobs_and_values(model, micro, temperature=1.0, targets=micro.loss_mask)
+        loss, sums = sft_loss(micro, logprobs + 0.0 * values)
+    else:
+        loss, sums = sft(recipe, model, micro)
     renamed = {name.replace("sft/", "ptx/").replace("num_", "num_ptx_"): value for name, value in sums.items()}
     return recipe.algorithm.ptx_coef * loss, renamed
 
@@ -93,8 +108,10 @@ def distill(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     return bind(distill_loss, d)(micro, unpack(packed, logprobs, like), unpack(packed, distance, like))
 
 
+POLICY_LOSSES = ("policy", "policy_and_value")  # they take the step's kl_coef
 LOSSES: dict[str, Callable[..., Loss]] = {
     "policy": policy,
+    "policy_and_value": policy_and_value,
     "sft": sft,
     "ptx": ptx,
     "preference": preference,

@@ -26,11 +26,10 @@ def train_online_dpo(stage: Stage) -> None:
         else:
             pairs = best_worst_pairs(groups, min_gap=online.min_gap)
         rollouts = flatten(groups)
-        if not pairs:
-            stage.track(step, rollouts=rollouts, batch=None, updates=[])
-            continue
-        batch = stage.with_reference(make_preference_batch(pairs))
-        updates = preference_updates(stage, batch)
+        batch, updates = None, []
+        if pairs:
+            batch = stage.with_reference(make_preference_batch(pairs))
+            updates = preference_updates(stage, batch)
         stage.publish()
         stage.refresh_reference(step)
         stage.track(step, rollouts=rollouts, batch=batch, updates=updates)

@@ -6,17 +6,21 @@ gone. The file is bound to what it was computed from by fingerprints. Not here: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rlhf.checkpoint import flush_to_disk
+from rlhf.faults import fault_point
 from rlhf.records import Batch
+from rlhf.runlog import flush_to_disk
+
+Identity = Mapping[str, Mapping[str, str]]  # {what: {part: hash}}, see rlhf.runtime.identity
 
 _ROWS_AT_ONCE = 256
 
@@ -28,34 +32,43 @@ class ReferenceCache:
         self._logprobs = logprobs  # sample id -> (loss tokens,) fp32
 
     @classmethod
-    def load_or_make(
+    def load(cls, path: Path, datasets: Mapping[str, Any], fingerprint: Identity) -> ReferenceCache | None:
+        """The cache at `path`; None if there is none, if it is damaged, or was made from other data or weights."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                logprobs, lengths = file.get_tensor("logprobs"), file.get_tensor("lengths")
+        except (FileNotFoundError, SafetensorError):
+            return None
+        expected = (_made_from(datasets, fingerprint), _hash(logprobs, lengths))
+        if (about.get("made_from"), about.get("sha256")) != expected:
+            return None
+        return cls(dict(zip(json.loads(about["ids"]), logprobs.split(lengths.tolist()), strict=True)))
+
+    @classmethod
+    def make(
         cls,
         path: Path,
         datasets: Mapping[str, Sequence[Any]],
         make_batch: Callable[[Sequence[Any]], Batch],
         score: Callable[[Batch], torch.Tensor],
-        fingerprint: Mapping[str, str],
+        fingerprint: Identity,
     ) -> ReferenceCache:
-        """The cache at `path` if it was made from the same data and weights, else a new one, written there.
-
-        `score` gives (B, T) log-probs of a batch's response tokens.
-        """
-        made_from = json.dumps({**fingerprint, "sets": sorted(datasets)}, sort_keys=True)
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if file.metadata().get("made_from") == made_from:
-                    ids, lengths = json.loads(file.metadata()["ids"]), file.get_tensor("lengths").tolist()
-                    return cls(dict(zip(ids, file.get_tensor("logprobs").split(lengths), strict=True)))
+        """A new cache, written to `path`. `score` gives (B, T) log-probs of a batch's response tokens. Raises ValueError
+        for an id that stands for two samples."""
         logprobs: dict[str, torch.Tensor] = {}
         for dataset in datasets.values():
             for start in range(0, len(dataset), _ROWS_AT_ONCE):
                 rows = [dataset[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(dataset)))]
                 batch = make_batch(rows)
                 scores = score(batch)
+                fault_point("reference.mid")
                 for i, sample in enumerate(batch.sample_ids):
+                    if sample in logprobs:
+                        raise ValueError(f"two samples have the id {sample!r}; give the evaluation set another name")
                     logprobs[sample] = scores[i][batch.loss_mask[i]].clone()
         cache = cls(logprobs)
-        cache._write(path, made_from)
+        cache._write(path, _made_from(datasets, fingerprint))
         return cache
 
     def look_up(self, batch: Batch) -> torch.Tensor:
@@ -70,7 +83,23 @@ class ReferenceCache:
         partial = path.with_name(path.name + ".partial")
         values = list(self._logprobs.values())
         tensors = {"logprobs": torch.cat(values), "lengths": torch.tensor([len(v) for v in values])}
-        save_file(tensors, partial, metadata={"made_from": made_from, "ids": json.dumps(list(self._logprobs))})
+        about = {
+            "made_from": made_from,
+            "ids": json.dumps(list(self._logprobs)),
+            "sha256": _hash(*tensors.values()),
+        }
+        save_file(tensors, partial, metadata=about)
         flush_to_disk(partial)
         partial.rename(path)
         flush_to_disk(path.parent)
+
+
+def _made_from(datasets: Mapping[str, Any], fingerprint: Identity) -> str:
+    return json.dumps({**fingerprint, "sets": sorted(datasets)}, sort_keys=True)
+
+
+def _hash(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

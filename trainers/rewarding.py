@@ -26,6 +26,7 @@ class RewardSum:
     def __init__(self, rules: Scorer | None, model: RewardModel, *, weight: float) -> None:
         self._rules, self._model, self._weight = rules, model, weight
         self.stats: dict[str, float] = {}
+        self.answer_of = rules.answer_of if rules is not None else None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with reward, parts and errors. Where a rule failed the whole reward is missing."""

@@ -87,6 +87,12 @@ class Actor:
         with self._clock.phase("score"):
             return _score(self.group, "score", batch, self._max_tokens)
 
+    def score_with_values(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) fp32 each, from one pass: log-probs, and values of the states before each response token."""
+        with self._clock.phase("score"):
+            both = _score(self.group, "score_with_values", batch, self._max_tokens)
+        return both[..., 0], both[..., 1]
+
     def rewards(self, batch: Batch) -> torch.Tensor:
         """(B,) fp32: scores of whole responses, where the actor is a reward model."""
         with self._clock.phase("score"):

@@ -18,8 +18,8 @@ import torch
 from rlhf import rng
 from rlhf.advantages import advantage_metrics
 from rlhf.batching import make_sft_batch, split_minibatches, why_masked
-from rlhf.checkpoint import Checkpoint, save_checkpoint
-from rlhf.data import rows_from
+from rlhf.checkpoint import Checkpoint, CheckpointError, load_tensors, save_checkpoint, save_tensors
+from rlhf.data import Curriculum, rows_from
 from rlhf.faults import at_step, faults_are_set
 from rlhf.kl import adaptive_kl_coef
 from rlhf.objectives import select_by_covariance
@@ -32,11 +32,14 @@ from rlhf.settings import bind
 from rlhf.tracking import Tracker
 from rlhf.trainers.deepspeed_engine import UpdateStats
 from rlhf.trainers.evaluate import evaluate, evaluate_pairs
+from rlhf.trainers.forward import POLICY_LOSSES
 from rlhf.trainers.metrics import rollout_metrics, update_metrics
 from rlhf.trainers.reference_cache import ReferenceCache
 from rlhf.trainers.rewarding import RewardSum, shorten
 from rlhf.trainers.roles import Actor, Clock, Critic, Reference, Sampler, Teacher
 from rlhf.trainers.weights import publish
+
+_CURRICULUM_FILE = "curriculum.safetensors"  # in a checkpoint
 
 
 class Preempted(Exception):
@@ -53,8 +56,9 @@ class Progress:
 
     step: int = 0  # steps completed
     position: int = 0  # rows of the data taken
-    version: int = 0  # optimiser steps applied since the stage's start
-    skipped: int = 0  # updates skipped, for whatever reason
+    updates: int = 0  # optimiser steps of the actor tried since the stage's start
+    version: int = 0  # those of them that were applied
+    skipped: int = 0  # updates skipped, the actor's and the critic's, for whatever reason
     skipped_in_a_row: int = 0  # by the actor, for a non-finite loss or gradient
     critic_skipped_in_a_row: int = 0
     kl_coef: float = 0.0  # as it is now: it may adapt
@@ -94,11 +98,16 @@ class Stage:
 
     _metrics: dict[str, float] = field(default_factory=dict, init=False)
     _timings: dict[str, float] = field(default_factory=dict, init=False)
+    _reward_stats: dict[str, float] = field(default_factory=dict, init=False)  # of the rollouts scored last
     _published: int = field(default=-1, init=False)  # version of the weights that the sampler holds
     _cache: ReferenceCache | None = field(default=None, init=False)
+    _curriculum: Curriculum | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.progress.kl_coef = self.recipe.algorithm.kl_coef
+        if self.recipe.curriculum is not None:
+            ids = [self.data[i].id for i in range(len(self.data))]
+            self._curriculum = Curriculum(self.recipe.curriculum, ids, seed=self.recipe.run.seed)
 
     # -- the loop's side: data -------------------------------------------------------------------------------------
 
@@ -136,17 +145,21 @@ class Stage:
 
     def next_rows(self, data: Any = None) -> list[Any]:
         """The next rows of the training data (or of `data`), as many as a step has: a function of (data, seed, rows
-        taken so far)."""
+        taken so far), and with a curriculum of the pass rates so far."""
         data, count = self.data if data is None else data, self.recipe.trainer.prompts_per_step
-        rows = rows_from(len(data), seed=self.recipe.run.seed, position=self.progress.position, count=count)
-        self.progress.position += count
+        position = self.progress.position
+        if self._curriculum is not None:
+            rows, self.progress.position = self._curriculum.next_rows(position, count)
+        else:
+            rows = rows_from(len(data), seed=self.recipe.run.seed, position=position, count=count)
+            self.progress.position += count
         return [data[i] for i in rows]
 
-    def ptx_rows(self, step: int) -> list[Any]:
-        """The step's rows of the texts to keep modelling."""
+    def ptx_rows(self, update: int) -> list[Any]:
+        """Rows of the texts to keep modelling, for the actor's update of this number."""
         count = self.recipe.ptx.rows_per_step
         seed = rng.key(self.recipe.run.seed, "ptx") % 2**32
-        rows = rows_from(len(self.ptx_data), seed=seed, position=step * count, count=count)
+        rows = rows_from(len(self.ptx_data), seed=seed, position=update * count, count=count)
         return [self.ptx_data[i] for i in rows]
 
     # -- the loop's side: sampling and rewards ---------------------------------------------------------------------
@@ -159,10 +172,14 @@ class Stage:
         )
 
     def reward(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their rewards, the penalty on overlong ones included."""
+        """The rollouts with their rewards, the penalty on overlong ones included. A curriculum remembers the rewards."""
         if self.scorer is None:
             return list(rollouts)
-        return shorten(self.scorer.score(rollouts), self.recipe)
+        scored = self.scorer.score(rollouts)
+        self._reward_stats = dict(self.scorer.stats)
+        if self._curriculum is not None:
+            self._curriculum.remember(scored)
+        return shorten(scored, self.recipe)
 
     def greedy_rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:
         """(B,) fp32: for every rollout, the reward of the greedy answer to its prompt (ReMax's baseline)."""
@@ -170,7 +187,7 @@ class Stage:
         answers = self.sampler.generate(
             [group.prompt for group in groups], greedy, samples=1, purpose="greedy", step=step
         )
-        scored = self.reward([answer.rollouts[0] for answer in answers])
+        scored = shorten(self.scorer.score([answer.rollouts[0] for answer in answers]), self.recipe)
         rewards = [float("nan") if r.reward is None else r.reward for r in scored]
         return torch.tensor([reward for reward, group in zip(rewards, groups) for _ in group.rollouts])
 
@@ -182,7 +199,7 @@ class Stage:
         return rules.decided(self.recipe).model_copy(update={"kl_coef": self.progress.kl_coef})
 
     def scored(self, batch: Batch) -> Batch:
-        """The batch with the log-probs that the step needs before its first update.
+        """The batch with the log-probs, and for ppo the values, that the step needs before its first update.
 
         `old_logprobs` stay None where they are those of the update's own forward: with one update a step that gives
         them for nothing, and they are still compared with what the sampler reported (mismatch/*).
@@ -190,8 +207,13 @@ class Stage:
         trainer, algorithm = self.recipe.trainer, self.policy_settings
         one_update = trainer.minibatches_per_step * trainer.passes_per_step == 1
         needs_old = not one_update or algorithm.covariance != "none" or (algorithm.kl_in_reward and algorithm.kl_coef)
-        if needs_old:
+        if self.recipe.shares_trunk:
+            old_logprobs, values = self.actor.score_with_values(batch)
+            batch = batch.replace(old_logprobs=old_logprobs, values=values)
+        elif needs_old:
             batch = batch.replace(old_logprobs=self.actor.score(batch))
+        if self.critic is not None:
+            batch = batch.replace(values=self.critic.score(batch))
         if self.reference is not None:
             batch = batch.replace(ref_logprobs=self.reference.score(batch))
         return batch
@@ -209,11 +231,16 @@ class Stage:
         """Compute the reference's log-probs of the whole data before the first update, or take them from the disk."""
         if not rules.needs_reference_logprobs(self.recipe) or self.recipe.reference.update_every is not None:
             return
-        scorer = self.reference or self.actor  # the actor has not moved yet
-        sets = {"train": self.data, **self.eval_pairs}
-        self._cache = ReferenceCache.load_or_make(
-            self.folder / "reference.safetensors", sets, make_batch, scorer.score, self.identity
-        )
+        path, sets = self.folder / "reference.safetensors", {"train": self.data, **self.eval_pairs}
+        self._cache = ReferenceCache.load(path, sets, self.identity)
+        if self._cache is None and self.reference is None and self.progress.updates:
+            raise CheckpointError(
+                f"{path} is missing or damaged, and the actor whose log-probs it held has moved since: restore the file, or "
+                "start again under another run.name"
+            )
+        if self._cache is None:
+            scorer = self.reference or self.actor
+            self._cache = ReferenceCache.make(path, sets, make_batch, scorer.score, self.identity)
 
     def with_reference(self, batch: Batch) -> Batch:
         """The batch with the reference's log-probs, unless nothing compares with a reference."""
@@ -226,10 +253,13 @@ class Stage:
     # -- the loop's side: updates ----------------------------------------------------------------------------------
 
     def minibatches(self, batch: Batch, *, by_groups: bool) -> Iterator[Batch]:
-        """The step's optimiser steps: every pass over the batch, cut into trainer.minibatches_per_step."""
+        """The step's optimiser steps: every pass over the batch, cut into trainer.minibatches_per_step, or into as many
+        as there are units where a selection left fewer."""
         trainer = self.recipe.trainer
+        by_groups = by_groups and batch.group_ids is not None
+        units = len(batch.group_ids.unique()) if by_groups else len(batch)
         for _ in range(trainer.passes_per_step):
-            yield from split_minibatches(batch, trainer.minibatches_per_step, by_groups=by_groups)
+            yield from split_minibatches(batch, min(trainer.minibatches_per_step, units), by_groups=by_groups)
 
     def moved_enough(self, updates: Sequence[UpdateStats]) -> bool:
         """Whether the policy is further from the old one than algorithm.early_stop_kl allows."""
@@ -245,11 +275,12 @@ class Stage:
         lengthens nor ends a row of steps whose loss or gradient was not finite.
         """
         parts, changing = [(batch, loss)], {}
-        if loss == "policy":
+        if loss in POLICY_LOSSES:
             changing["kl_coef"] = self.progress.kl_coef
             if self.ptx_data is not None:
-                parts.append((make_sft_batch(self.ptx_rows(self.progress.version + self.progress.skipped)), "ptx"))
+                parts.append((make_sft_batch(self.ptx_rows(self.progress.updates)), "ptx"))
         stats = self.actor.update(*parts, **changing)
+        self.progress.updates += 1
         self.progress.version += not stats.skipped
         self.progress.skipped_in_a_row = self._note(stats, "actor", self.progress.skipped_in_a_row)
         return stats
@@ -329,6 +360,8 @@ class Stage:
             "robust/skipped_steps": float(self.progress.skipped),
             "robust/bad_rows": float(self.data.counts["bad_rows"]),
         }
+        if self._curriculum is not None:
+            self._metrics |= self._curriculum.take_metrics()
         if batch is not None:
             self._timings["train_tokens"] = float(batch.attention_mask.sum())
         if rollouts is not None:
@@ -339,7 +372,8 @@ class Stage:
         self, step: int, rollouts: Sequence[Rollout], batch: Batch | None, updates: Sequence[UpdateStats]
     ) -> None:
         before = self.progress.version - sum(not u.skipped for u in updates)
-        self._metrics |= rollout_metrics(rollouts, version=before) | (self.scorer.stats if self.scorer else {})
+        scored = any(r.reward is not None or r.reward_error is not None for r in rollouts)
+        self._metrics |= rollout_metrics(rollouts, version=before) | (self._reward_stats if scored else {})
         self._metrics["weights/version"] = float(self.progress.version)
         if batch is not None and batch.advantages is not None:
             self._metrics |= advantage_metrics(batch)
@@ -347,7 +381,7 @@ class Stage:
             self._metrics["rollout/masked_frac"] = 1.0 - batch.num_loss_sequences / len(batch)
         self._timings["rollout_tokens"] = float(sum(len(r.response_ids) for r in rollouts))
         masked = [why_masked(r, mask_truncated=self.recipe.algorithm.mask_truncated) for r in rollouts]
-        masked = masked if self.scorer is not None else [None] * len(rollouts)
+        masked = masked if scored else [None] * len(rollouts)
         self.tracker.samples(self.offset + step + 1, self.name, rollouts, masked=masked)
 
     def note(self, metrics: Mapping[str, float]) -> None:
@@ -374,6 +408,8 @@ class Stage:
         for group in self._trained_groups():
             group.call("load", str(checkpoint.path))
         self.progress = Progress(**checkpoint.meta["progress"])
+        if self._curriculum is not None:
+            self._curriculum.load_state(load_tensors(checkpoint.path / _CURRICULUM_FILE))
 
     def _trained_groups(self) -> list[Any]:
         """The groups that hold state which changes, each once."""
@@ -431,3 +467,5 @@ class Stage:
     def _write_state(self, folder: Path) -> None:
         for group in self._trained_groups():
             group.call("save", str(folder))
+        if self._curriculum is not None:
+            save_tensors(folder / _CURRICULUM_FILE, self._curriculum.state())

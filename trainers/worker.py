@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
 from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
-from rlhf.models.scalar import is_scalar_model, load_scalar_model
+from rlhf.models.scalar import is_scalar_model, load_scalar_model, reward_scale, store_reward_scale
+from rlhf.models.value_head import add_value_head, is_of_value_head, save_value_head
 from rlhf.process import ProcessInfo
 from rlhf.recipe.rules import SCORING_MODELS
 from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig, TrainerConfig
 from rlhf.records import Batch
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
-from rlhf.trainers.forward import loss_function
+from rlhf.trainers.forward import POLICY_LOSSES, loss_function
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
-from rlhf.values import batch_rewards, batch_values
+from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_values
 
 
 class Worker(WeightMethods):
@@ -82,15 +83,20 @@ class Worker(WeightMethods):
         recipe = self.recipe
         scores = recipe.method in SCORING_MODELS
         model = self._scalar(recipe.model, head="new", trainable=True) if scores else self._causal(trainable=True)
+        if recipe.shares_trunk:
+            add_value_head(model, recipe.model.path)
         actor = self._trained["actor"] = self._training(model, recipe.trainer)
         # Unmerged: a rollout group builds the same model, adapters included, and holds the same bits.
         self._source = WeightSource(
-            lambda: actor.named_full_weights(merged=False),
+            self._policy_weights,
             rank=self.info.rank,
-            named_trained=(
-                (lambda: actor.named_full_weights(trained_only=True)) if actor.has_frozen_weights else None
-            ),
+            named_trained=(lambda: self._policy_weights(trained_only=True)) if actor.has_frozen_weights else None,
         )
+
+    def _policy_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """The actor's weights as another process or role holds them: adapters apart, without a value head."""
+        weights = self.actor.named_full_weights(merged=False, trained_only=trained_only)
+        return ((name, weight) for name, weight in weights if not is_of_value_head(name))
 
     def _make_critic(self) -> None:
         """From a reward model where there is one (its head says what is good), else from the actor's start."""
@@ -208,6 +214,8 @@ class Worker(WeightMethods):
             "model_bytes": sum(n * p.element_size() for n, p in zip(sizes, parameters, strict=True)),
             "checkpoint_bytes": sum(t.state_bytes for t in self._trained.values()),
         }
+        if "reference" in self._sinks:
+            facts["checkpoint_bytes"] += sum(_num_bytes(p) for p in self._frozen["reference"].parameters())
         if self.engine is not None:
             facts["exactness"] = probe_exactness(self.engine.model)
         return facts
@@ -237,6 +245,17 @@ class Worker(WeightMethods):
         """Log-probs of the response tokens under the actor, (B, T) fp32 on the CPU for each micro-batch."""
         return self._logprobs(self.actor.module, micro_batches)
 
+    def score_with_values(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Log-probs and values of one pass, for an actor with a value head: (B, T, 2) fp32 on the CPU for each
+        micro-batch."""
+        temperature = self.recipe.policy_temperature
+
+        def both(micro: Batch) -> torch.Tensor:
+            logprobs, _, values = batch_logprobs_and_values(self.actor.module, micro, temperature=temperature)
+            return torch.stack([logprobs, values], -1)
+
+        return self._each(micro_batches, both)
+
     def score_reference(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs of the response tokens under the reference, (B, T) fp32 on the CPU for each micro-batch."""
         if "reference" in self._frozen:
@@ -255,7 +274,14 @@ class Worker(WeightMethods):
     def score_rewards(self, micro_batches: Sequence[Batch], role: str) -> list[torch.Tensor]:
         """Scores of whole responses, (B,) fp32 on the CPU for each micro-batch; `role` is "reward" or "actor"."""
         model = self._frozen["reward"] if role == "reward" else self.actor.module
-        return self._each(micro_batches, lambda micro: batch_rewards(model, micro))
+        mean, std = 0.0, 1.0
+        if role == "reward" and self.recipe.reward_model.normalize:
+            mean, std = reward_scale(model)
+        return self._each(micro_batches, lambda micro: (batch_rewards(model, micro) - mean) / std)
+
+    def store_reward_scale(self, mean: float, std: float) -> None:
+        """Keep the mean and spread of the actor's scores in its configuration, which an export writes."""
+        store_reward_scale(self.actor.module, mean=mean, std=std)
 
     def teacher_top(self, micro_batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The teacher's likeliest tokens at every loss token: (B, T, K) ids and their log-probs, on the CPU."""
@@ -297,7 +323,7 @@ class Worker(WeightMethods):
         `changing` holds what the policy loss takes from the step and not from the recipe."""
         micros = [micro.to(self.info.device) for micro, _ in parts]
         losses = [
-            loss_function(name, self.recipe, **(changing if name == "policy" else {})) for _, name in parts
+            loss_function(name, self.recipe, **(changing if name in POLICY_LOSSES else {})) for _, name in parts
         ]
         return self._trained[role].update(micros, losses)
 
@@ -306,8 +332,7 @@ class Worker(WeightMethods):
         model = self._frozen["reference"]
         if beside_actor:
             before = _copy_of(model)
-            weights = self.actor.named_full_weights(merged=False)
-            self._sinks["reference"].copy_from(weights, version=self.actor.version)
+            self._sinks["reference"].copy_from(self._policy_weights(), version=self.actor.version)
         else:
             before = self._before_mix
         _blend(model, before, mix)
@@ -326,7 +351,7 @@ class Worker(WeightMethods):
         sink = self._sinks.get("rollout")
         if self.actor is not None and sink is not None:  # same group, but the actor's weights are split
             rest = sink.has_copied  # what is frozen came with the first copy
-            sink.copy_from(self.actor.named_full_weights(merged=False, trained_only=rest), version=version)
+            sink.copy_from(self._policy_weights(trained_only=rest), version=version)
         self.engine.set_version(version)
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -357,7 +382,9 @@ class Worker(WeightMethods):
         with self.actor.averaged_weights() if average else contextlib.nullcontext():
             weights = dict(self.actor.named_full_weights())
             if self.info.rank == 0:
-                save_model(self.actor.module, self.tokenizer, folder, weights=weights)
+                plain = {name: w for name, w in weights.items() if not is_of_value_head(name)}
+                save_model(self.actor.module, self.tokenizer, folder, weights=plain)
+                save_value_head(weights, folder)
 
     def close(self) -> None:
         for trained in self._trained.values():
@@ -372,6 +399,10 @@ def _other_model(model: ModelConfig, path: str | None) -> ModelConfig:
     if path is None:
         return model
     return ModelConfig(path=path, dtype=model.dtype, gradient_checkpointing=model.gradient_checkpointing)
+
+
+def _num_bytes(p: torch.Tensor) -> int:
+    return p.numel() * p.element_size()
 
 
 def _copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

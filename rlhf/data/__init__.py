@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
+    "Curriculum": "rlhf.data.curriculum",
     "LabelDataset": "rlhf.data.preferences",
     "PreferenceDataset": "rlhf.data.preferences",
     "PromptDataset": "rlhf.data.prompts",
@@ -20,6 +21,7 @@ _EXPORTS = {
     "load_prompts": "rlhf.data.prompts",
     "load_sft": "rlhf.data.sft",
     "load_steps": "rlhf.data.steps",
+    "mixed": "rlhf.data.mixture",
     "num_steps": "rlhf.data.cursor",
     "rows_from": "rlhf.data.cursor",
 }

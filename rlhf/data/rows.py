@@ -60,12 +60,15 @@ class Tokens:
 
 
 _SECTIONS = {"train": "data", "ptx": "ptx.data"}
+MIX = "mix."  # before the name of a further training set
 
 
 def section(name: str, kind: Kind) -> str:
     """Where the recipe describes the dataset of this name."""
     if name in _SECTIONS:
         return _SECTIONS[name]
+    if name.startswith(MIX):
+        return name
     return f"evaluation.{'pairs' if kind == 'preferences' else 'sets'}.{name}"
 
 

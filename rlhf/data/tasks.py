@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -140,6 +141,60 @@ class ChainArithmetic(Section):
         }
 
 
+class Coverage(Section):
+    """One-digit answers of which the preferences cover a part: the synthetic case of arXiv 2404.10719, section 4.
+
+    A row: prompt `3=`, response `6`, chosen `3`, rejected `6`, answer `3`, covered `36`. There are `size` prompts and as
+    many answers; the best answer to a prompt is its own digit. For every prompt `covered` answers, the best among them,
+    occur in preferences: `chosen` is the best and `rejected` one of the others. Nothing is said about the rest.
+
+    `response` is drawn from all answers: its distribution is the reference, which a model learns by imitation. It
+    spreads 1 - uncovered_frac evenly over the covered answers and uncovered_frac evenly over the rest.
+    """
+
+    count: Positive
+    """Rows; the prompts take turns."""
+    size: Annotated[int, Field(ge=3, le=10)] = 8
+    """Prompts, and answers to each."""
+    covered: Annotated[int, Field(ge=2, le=10)] = 3
+    """Answers to a prompt that occur in preferences."""
+    uncovered_frac: Fraction = 0.1
+    """Share of the responses that no preference covers."""
+    seed: NonNegative = 0
+    """Which answers are covered, and which rows are drawn."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Coverage:
+        if self.covered >= self.size:
+            raise ValueError(
+                f"covered={self.covered} of size={self.size} answers leaves none that no preference covers; "
+                "lower covered or raise size"
+            )
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows: {id, prompt, response, chosen, rejected, answer, covered}."""
+        return [self._row(index, index % self.size) for index in range(self.count)]
+
+    def _row(self, index: int, best: int) -> dict[str, Any]:
+        others = sorted((d for d in range(self.size) if d != best), key=lambda d: self._key("order", best, d))
+        covered, rest = [best, *others[: self.covered - 1]], others[self.covered - 1 :]
+        strays = _unit(self.seed, "coverage stray", index) < self.uncovered_frac
+        source = rest if strays else covered
+        return {
+            "id": str(index),
+            "prompt": f"{best}=",
+            "response": str(source[self._key("response", index) % len(source)]),
+            "chosen": str(best),
+            "rejected": str(covered[1 + self._key("rejected", index) % (self.covered - 1)]),
+            "answer": str(best),
+            "covered": "".join(map(str, covered)),
+        }
+
+    def _key(self, purpose: str, *parts: int) -> int:
+        return rng.key(self.seed, f"coverage {purpose}", *parts)
+
+
 def _work(chain: str, slip_at: int | None = None, slip_by: int = 0) -> tuple[str, int]:
     """("7+5=12 12-3=9", 9) for "7+5-3"; with a slip, the result of step `slip_at` is off by `slip_by`, or by as much
     the other way where it would be negative."""
@@ -168,12 +223,12 @@ def _unit(seed: int, purpose: str, index: int) -> float:
     return rng.key(seed, purpose, index) / 2**63
 
 
-def chain_arithmetic(**args: Any) -> list[dict[str, Any]]:
-    """Rows of `ChainArithmetic`. Raises ValueError naming every argument that is unknown or out of range."""
-    faults = argument_faults("chain_arithmetic", args)
+def make_rows(task: str, **args: Any) -> list[dict[str, Any]]:
+    """The rows of a task. Raises ValueError naming every argument that is unknown or out of range."""
+    faults = argument_faults(task, args)
     if faults:
-        raise ValueError("task chain_arithmetic: " + "; ".join(map(str, faults)))
-    return ChainArithmetic(**args).rows()
+        raise ValueError(f"task {task}: " + "; ".join(map(str, faults)))
+    return ARGUMENTS[task](**args).rows()
 
 
 def argument_faults(task: str, args: Mapping[str, Any]) -> list[Fault]:
@@ -204,5 +259,5 @@ def _fault(task: str, problem: Mapping[str, Any], known: list[str]) -> Fault:
     return Fault((key,), f"{problem['input']!r} is not {rule(problem)}", did_you_mean(near, ""))
 
 
-ARGUMENTS: Mapping[str, type[Section]] = {"chain_arithmetic": ChainArithmetic}
-TASKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {"chain_arithmetic": chain_arithmetic}
+ARGUMENTS: Mapping[str, type[ChainArithmetic | Coverage]] = {"chain_arithmetic": ChainArithmetic, "coverage": Coverage}
+TASKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {task: partial(make_rows, task) for task in ARGUMENTS}

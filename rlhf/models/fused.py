@@ -10,7 +10,7 @@ training and scoring, which always go through the modules; attention (`rlhf.mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from rlhf.kernels.attention import Plan
 from rlhf.kernels.linear import can_pack, pack, packed_linear
 from rlhf.kernels.norm import rms_norm
+from rlhf.kernels.threads import serial
 from rlhf.models.attention import PackedContext, StepContext, use_context
 from rlhf.models.linear import ACTIVATIONS, FastRMSNorm, InvariantLinear
+from rlhf.models.value_head import NAME as VALUE_HEAD
 
 _TRIAL_TOKENS = (1, 7, 40, 300)  # lengths of the sequences that the two forwards are compared on
 _MODEL = {"model", "lm_head"}
@@ -165,11 +167,15 @@ class _Layer:
         rotated = heads[:, : self.heads + self.kv_heads]
         if self.head_norms is not None:
             rotated = rms_norm(rotated, self.head_weights, self.head_norms[0].variance_epsilon)
-        rotated = _rotate(rotated, cos, swapped_sin)
+        with serial(rotated.numel()):
+            rotated = _rotate(rotated, cos, swapped_sin)
         q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], heads[:, self.heads + self.kv_heads :]
-        x += self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1))
+        _add(x, self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1)))
         gate, up = self.gate_up(_normed(x, self.norms[1])).chunk(2, -1)
-        x += self.down_proj(self.activation(gate).mul_(up))
+        gate = self.activation(gate)
+        with serial(gate.numel()):
+            gate.mul_(up)
+        _add(x, self.down_proj(gate))
 
 
 class _Joined:
@@ -213,6 +219,11 @@ class _Joined:
         )
 
 
+def _add(x: torch.Tensor, change: torch.Tensor) -> None:
+    with serial(x.numel()):
+        x += change
+
+
 def _normed(x: torch.Tensor, norm: FastRMSNorm) -> torch.Tensor:
     return rms_norm(x, norm.weight, norm.variance_epsilon)
 
@@ -248,7 +259,7 @@ def _decoder(model: nn.Module) -> _Decoder | None:
 def _has_structure(model: nn.Module) -> bool:
     """Whether the model consists of exactly the modules whose arithmetic `_Decoder` knows: a parameter that it
     would leave out cannot be."""
-    if not _consists_of(model, _MODEL) or not _consists_of(model.model, _DECODER):
+    if not _consists_of(model, _MODEL, beside={VALUE_HEAD}) or not _consists_of(model.model, _DECODER):
         return False
     decoder = model.model
     norms = [decoder.norm]
@@ -270,8 +281,9 @@ def _has_structure(model: nn.Module) -> bool:
     return type(decoder.embed_tokens) is nn.Embedding and all(type(n) is FastRMSNorm for n in norms)
 
 
-def _consists_of(module: nn.Module, children: set[str]) -> bool:
-    return set(module._modules) == children and not module._parameters
+def _consists_of(module: nn.Module, children: set[str], beside: Set[str] = frozenset()) -> bool:
+    """`beside` are children that take no part in its forward."""
+    return set(module._modules) - beside == children and not module._parameters
 
 
 def _is_plain(model: nn.Module) -> bool:

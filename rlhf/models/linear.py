@@ -26,14 +26,17 @@ class InvariantLinear(nn.Linear):
     _packed: PackedWeight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.packed_weight()
+        if packed is None or x.dtype != self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, packed)
+
+    def packed_weight(self) -> torch.Tensor | None:
+        """The pack of the weight as it is now; None where there is no kernel for it."""
         weight = self.weight
         if "ds_id" in weight.__dict__:  # ZeRO-3: the weight is whole during this forward only
-            packed = pack(weight)
-        else:
-            packed = self._packed.update(weight)
-        if packed is None or x.dtype != weight.dtype:
-            return F.linear(x, weight, self.bias)
-        return linear(x, weight, self.bias, packed)
+            return pack(weight)
+        return self._packed.update(weight)
 
 
 class InvariantSilu(nn.Module):

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rlhf.model_files import local_folder, read_config_json, weight_files
 from rlhf.models import attention
 from rlhf.models.build import build_model, build_tokenizer
+from rlhf.models.head import prepare_head
 from rlhf.models.linear import prepare_linears
 from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
 from rlhf.rng import key
@@ -140,6 +141,8 @@ def prepare(
         model = _add_lora(model, model_config.lora, seed, task)
     if invariant:
         prepare_linears(model)
+    if task == "CAUSAL_LM":
+        prepare_head(model)
     if trainable and model_config.gradient_checkpointing:
         attention.enable_gradient_checkpointing(model)
     return model.to(device).train(trainable)

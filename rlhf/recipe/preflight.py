@@ -16,8 +16,9 @@ from rlhf.data.datasets import HEAD_ROWS, BadRow, Head, Kind, column_faults, hea
 from rlhf.model_files import check_tokenizer, local_folder, read_config_json, weight_files
 from rlhf.recipe.architecture import architecture_faults, context_tokens
 from rlhf.recipe.functions import reward_faults
-from rlhf.recipe.outputs import MODEL_SECTIONS, stage_of
+from rlhf.recipe.outputs import MODEL_SECTIONS
 from rlhf.recipe.problems import Fault, Key
+from rlhf.recipe.rules import stage_of
 from rlhf.recipe.schema import BuildTokenizerConfig, DatasetConfig, Recipe
 
 # What the rows of a method's training set become; those of the others are prompts.
@@ -154,7 +155,8 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[Key, DatasetConfig, Kind]]:
     """(key, section, what its rows become) of every dataset of the recipe."""
     own_responses = recipe.method == "distill" and recipe.distill.on_policy_frac == 1
     kind = "prompts" if own_responses else _KINDS.get(recipe.method, "prompts")
-    yield ("data",), recipe.data, kind
+    for key, config in recipe.training_data.items():
+        yield key, config, kind
     for name, config in recipe.evaluation.sets.items():
         yield ("evaluation", "sets", name), config, "prompts"
     for name, config in recipe.evaluation.pairs.items():
@@ -204,7 +206,7 @@ def _source(config: DatasetConfig) -> str:
 def _is_scored(recipe: Recipe, key: Key) -> bool:
     """Whether the reward functions see a dataset's rows."""
     samples = recipe.method in ("ppo", "grpo", "rejection", "online_dpo")
-    return key[:2] == ("evaluation", "sets") or (key == ("data",) and samples)
+    return key[:2] == ("evaluation", "sets") or (key in recipe.training_data and samples)
 
 
 # ------------------------------------------------------------------------------------------------------ lengths, numbers
@@ -248,16 +250,21 @@ def _context(recipe: Recipe) -> tuple[int | None, Key]:
 
 
 def _size_faults(recipe: Recipe, heads: Mapping[Key, Head]) -> Iterator[Fault]:
-    """A step must not be larger than the training set."""
-    count = heads["data",].count if ("data",) in heads else None
-    limit, rows = recipe.data.limit, recipe.trainer.prompts_per_step
-    known = [n for n in (count, limit) if n is not None]
-    if known and min(known) < rows:
-        message = f"prompts_per_step={rows} is more than the {min(known)} rows of the training set"
+    """A step must not be larger than the training sets together."""
+    rows, counts = recipe.trainer.prompts_per_step, []
+    for key, config in recipe.training_data.items():
+        known = [n for n in (heads[key].count if key in heads else None, config.limit) if n is not None]
+        if not known:
+            return  # how many there are is not known
+        counts.append(min(known) * recipe.training_weights[key])
+    if sum(counts) < rows:
+        count = int(sum(counts))
+        message = f"prompts_per_step={rows} is more than the {count} rows of the training set"
         keys: tuple[Key, ...] = (
             ("trainer", "prompts_per_step"),
             ("data", "limit"),
             ("data", "path"),
             ("data", "task_args"),
+            ("mix",),
         )
-        yield Fault(keys, message, f"lower it to at most {min(known)}, or add data")
+        yield Fault(keys, message, f"lower it to at most {count}, or add data")

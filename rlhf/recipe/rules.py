@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf.recipe.schema import AlgorithmConfig, Recipe, Role
+    from rlhf.recipe.schema import AlgorithmConfig, DatasetConfig, Recipe, Role
 
 # The keys that disagree, the one to change first, and what is wrong.
 Inconsistency = tuple[tuple[str, ...], str]
@@ -34,11 +34,19 @@ COUPLED = frozenset({"bco_pair", "aot", "aot_unpaired"})  # rows of the whole st
 PER_TOKEN = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo", "sft"})  # means over tokens: ld_alpha has no meaning
 OF_THE_GAP = frozenset({"dpo", "robust", "hinge", "exo_pair", "discopop"})  # of score_w - score_l alone: f-divergences
 KL_IN_REWARD = ("rloo", "reinforce_pp")  # advantages whose papers take the KL off the reward
+_STAGE = "stage:"
+
+
+def stage_of(path: str | None) -> str | None:
+    """The earlier stage that a path names (`stage:NAME`), None for a path of another kind."""
+    return path.removeprefix(_STAGE) if path is not None and path.startswith(_STAGE) else None
 
 
 def roles(recipe: Recipe) -> tuple[Role, ...]:
     """The roles that a recipe needs, in order."""
     needed = list(ROLES[recipe.method])
+    if recipe.shares_trunk:
+        needed.remove("critic")
     if _needs_reference(recipe):
         needed.append("reference")
     if recipe.reward_model is not None and "rollout" in needed:
@@ -89,7 +97,7 @@ def _needs_reference(recipe: Recipe) -> bool:
 
 def problems(recipe: Recipe) -> Iterator[Inconsistency]:
     """Everything that does not fit together."""
-    for rule in (_source, _evaluation, _reward, _groups_of_responses, _columns, _objective, _kl, _preference, _distill, _steps, _placement):
+    for rule in (_source, _evaluation, _reward, _groups_of_responses, _columns, _curriculum, _objective, _critic, _kl, _preference, _distill, _steps, _placement):
         yield from rule(recipe)
 
 
@@ -110,6 +118,13 @@ def _evaluation(r: Recipe) -> Iterator[Inconsistency]:
     if best is not None and not any(best.startswith(f"eval/{name}/") for name in sets):
         known = ", ".join(f"eval/{name}/..." for name in sets) or "none: add evaluation.sets"
         yield ("evaluation.keep_best", "evaluation.sets"), f"{best!r} is no metric of an evaluation set ({known})"
+    samples, ks = r.evaluation.samples, r.evaluation.ks or []
+    if max(ks, default=1) > samples:
+        message = f"pass@{max(ks)} needs {max(ks)} responses and there are {samples}; raise samples (two to four times k is usual)"
+        yield ("evaluation.samples", "evaluation.ks"), message
+    if samples > 1 and not r.evaluation.temperature:
+        message = f"temperature=0 gives the same response {samples} times; set one above 0, or samples: 1"
+        yield ("evaluation.temperature", "evaluation.samples"), message
 
 
 def _reward(r: Recipe) -> Iterator[Inconsistency]:
@@ -121,7 +136,7 @@ def _reward(r: Recipe) -> Iterator[Inconsistency]:
         yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function, or reward_model"
     if r.method in SCORING_MODELS and r.evaluation.sets:
         yield ("evaluation.sets", "method"), f"{r.method} trains a model that gives scores, not text; use evaluation.pairs"
-    if r.evaluation.pairs and r.method not in ("rm", "dpo"):
+    if r.evaluation.pairs and r.method not in ("rm", "dpo", "sft", "kto"):
         yield ("evaluation.pairs", "method"), f"{r.method} has no score for pairs; use evaluation.sets"
 
 
@@ -133,6 +148,9 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
         yield ("rollout.group_size", "method", "algorithm.advantage"), message
     if r.method == "online_dpo" and r.online.pairs == "best_worst" and size < 2:
         yield ("rollout.group_size", "method"), f"group_size={size}: a pair needs two responses; use group_size >= 2"
+    if not r.online.train and r.method != "rejection":
+        message = f"online.train: false only selects, which {r.method} does not; use method: rejection"
+        yield ("online.train", "method"), message
     if r.method == "rejection" and r.online.keep_best > size:
         message = f"keep_best={r.online.keep_best} of group_size={size} responses; keep at most as many as there are"
         yield ("online.keep_best", "rollout.group_size"), message
@@ -142,20 +160,39 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _columns(r: Recipe) -> Iterator[Inconsistency]:
-    answers = r.data.response_column is not None or r.data.messages_column is not None
+    for key, data in r.training_data.items():
+        if stage_of(data.path) is None:  # else its columns are known
+            for (column, *others), message in _answer_columns(r, data):
+                yield (".".join((*key, column)), *others), message
+
+
+def _answer_columns(r: Recipe, data: DatasetConfig) -> Iterator[Inconsistency]:
+    """The columns that the method needs and `data` does not name; the first key counts from its section."""
+    answers = data.response_column is not None or data.messages_column is not None
     if r.method == "sft" and not answers:
         message = "sft needs the column with the answer to imitate, or messages_column"
-        yield ("data.response_column", "method"), message
-    if r.method == "sft" and r.data.response_column is not None and r.data.messages_column is not None:
-        yield ("data.messages_column", "data.response_column"), "both are set; keep one"
-    if r.method == "kto" and r.data.response_column is None:
-        yield ("data.response_column", "method"), "kto needs the column with the answer that label_column judges"
+        yield ("response_column", "method"), message
+    if r.method == "sft" and data.response_column is not None and data.messages_column is not None:
+        yield ("messages_column",), f"both messages_column and response_column={data.response_column!r} are set; keep one"
+    if r.method == "kto" and data.response_column is None:
+        yield ("response_column", "method"), "kto needs the column with the answer that label_column judges"
     if r.method == "distill" and r.distill.on_policy_frac < 1 and not answers:
         message = "distill imitates the teacher on the data's answers: set response_column, or distill.on_policy_frac: 1"
-        yield ("data.response_column", "method", "distill.on_policy_frac"), message
-    if r.method == "online_dpo" and r.online.pairs == "gold" and r.data.response_column is None:
+        yield ("response_column", "method", "distill.on_policy_frac"), message
+    if r.method == "online_dpo" and r.online.pairs == "gold" and data.response_column is None:
         message = "pairs: gold compares the data's answers with responses; set the column they are in"
-        yield ("data.response_column", "online.pairs"), message
+        yield ("response_column", "online.pairs"), message
+
+
+def _curriculum(r: Recipe) -> Iterator[Inconsistency]:
+    if r.curriculum is None:
+        return
+    if r.method not in ("grpo", "ppo", "online_dpo", "rejection"):
+        message = f"{r.method} samples no responses to the data's prompts, so that there are no pass rates; leave it out"
+        yield ("curriculum", "method"), message
+    if r.curriculum.low > r.curriculum.high:
+        message = f"low={r.curriculum.low} is above high={r.curriculum.high}"
+        yield ("curriculum.low", "curriculum.high"), message
 
 
 def _objective(r: Recipe) -> Iterator[Inconsistency]:
@@ -174,6 +211,15 @@ def _objective(r: Recipe) -> Iterator[Inconsistency]:
     if a.overlong_buffer >= r.rollout.max_response_tokens:
         message = f"overlong_buffer={a.overlong_buffer} is not shorter than max_response_tokens={r.rollout.max_response_tokens}"
         yield ("algorithm.overlong_buffer", "rollout.max_response_tokens"), message
+
+
+def _critic(r: Recipe) -> Iterator[Inconsistency]:
+    own = {name: field.default for name, field in type(r.critic).model_fields.items() if name in ("path", "lr", "pretrain_steps")}
+    for name, default in own.items():
+        value = getattr(r.critic, name)
+        if r.shares_trunk and value != default:
+            message = f"{name}={value} is a critic's of its own, which shared: true does not have; leave it out or set shared: false"
+            yield (f"critic.{name}", "critic.shared"), message
 
 
 def _kl(r: Recipe) -> Iterator[Inconsistency]:
@@ -228,6 +274,9 @@ def _steps(r: Recipe) -> Iterator[Inconsistency]:
     if r.trainer.optimizer in ("adafactor", "muon") and r.trainer.zero_stage:
         message = f"{r.trainer.optimizer} needs whole matrices, which ZeRO flattens; use zero_stage: 0"
         yield ("trainer.zero_stage", "trainer.optimizer"), message
+    elif r.trainer.optimizer in ("adafactor", "muon") and r.model.dtype == "bfloat16":
+        message = f"{r.trainer.optimizer} needs whole matrices, and bfloat16 always runs under ZeRO 1; use dtype: float32"
+        yield ("model.dtype", "trainer.optimizer"), message
 
 
 def _placement(r: Recipe) -> Iterator[Inconsistency]:

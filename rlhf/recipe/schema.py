@@ -114,12 +114,13 @@ class TokenizerConfig(Section):
 
 class DatasetConfig(Section):
     path: str | None = None
-    """File (.jsonl, .json, .parquet, .csv), folder of `datasets.save_to_disk`, or hub name."""
+    """File (.jsonl, .json, .parquet, .csv), folder of `datasets.save_to_disk`, hub name, or stage:NAME of an earlier
+    rejection stage: what it selected."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     split: str | None = None
     """Split of a hub dataset; default: train."""
-    task: Literal["chain_arithmetic"] | None = None
+    task: Literal["chain_arithmetic", "coverage"] | None = None
     """A built-in task that makes its own rows, instead of `path`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the built-in task."""
@@ -158,6 +159,11 @@ class DatasetConfig(Section):
     limit: Positive | None = None
     """Use only the first rows."""
 
+    @field_validator("task_args", mode="before")
+    @classmethod
+    def _none_is_no_argument(cls, value: Any) -> Any:
+        return {} if value is None else value  # how a stage takes `path` in the place of its recipe's task
+
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:
         if (self.path is None) == (self.task is None):
@@ -165,6 +171,30 @@ class DatasetConfig(Section):
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("system_prompt needs chat_template: true")
         return self
+
+
+class MixedDatasetConfig(DatasetConfig):
+    """One more training set."""
+
+    weight: PositiveFloat = 1.0
+    """How often each of its rows comes in one pass over all sets: 2 = twice, 0.5 = every other row once."""
+
+
+class CurriculumConfig(Section):
+    """Which rows come next, by how often their responses passed so far (grpo, ppo, online_dpo, rejection)."""
+
+    kind: Literal["window", "variance"] = "window"
+    """Keep rows whose pass rate p is within [low, high], or take them with chance 4 p (1 - p)."""
+    low: Fraction = 0.1
+    """window: lowest pass rate."""
+    high: Fraction = 0.9
+    """window: highest pass rate."""
+    revisit: Fraction = 0.1
+    """Chance of any other row, so that one that became easier is found again; a row never tried is always taken."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Weight of a visit's share against the rate remembered; 1 = only the last visit counts."""
+    correct_above: float = 0.5
+    """A response counts as passed if its reward is above this."""
 
 
 class RewardConfig(Section):
@@ -297,6 +327,11 @@ class CriticConfig(Section):
     """Values move at most this far from those at sampling time; null = no clipping."""
     pretrain_steps: NonNegative = 0
     """First steps in which only the critic learns (value pre-training)."""
+    shared: bool = False
+    """The actor carries a value head instead of a critic of its own: one pass gives log-probs and values, one update
+    learns both. Half the memory and time; values and policy then pull at the same trunk."""
+    coef: PositiveFloat = 0.1
+    """shared: weight of the value loss beside the policy's (c1 of 1707.06347)."""
 
 
 class RewardModelConfig(Section):
@@ -386,6 +421,9 @@ class OnlineConfig(Section):
     """rejection: best responses kept of every group."""
     min_reward: float | None = None
     """rejection: responses below this are left out."""
+    train: bool = True
+    """rejection: imitate what was selected at once; false = only sample and select, for a later stage's data
+    ("stage:NAME")."""
 
 
 class DistillConfig(Section):
@@ -421,7 +459,7 @@ class TrainerConfig(Section):
     passes_per_step: Positive = 1
     """Times one step's samples are visited (PPO epochs)."""
     lr: PositiveFloat = 1e-6
-    """Peak learning rate."""
+    """Peak learning rate (adafactor: relative to a parameter's size)."""
     schedule: Literal[
         "constant", "linear", "cosine", "polynomial", "inverse_sqrt", "wsd", "cosine_restarts"
     ] = "constant"
@@ -439,7 +477,7 @@ class TrainerConfig(Section):
     optimizer: Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "muon"] = "adamw"
     """Optimiser of torch.optim."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """sgd, rmsprop and muon: momentum."""
+    """sgd, rmsprop and muon (usual there: 0.95): momentum."""
     layer_lr_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Learning rate of a layer is lr * this^(layers above it)."""
     freeze: list[str] = Field(default_factory=list)
@@ -449,7 +487,7 @@ class TrainerConfig(Section):
     neftune_alpha: PositiveFloat | None = None
     """Noise on the input embeddings while training (NEFTune, 2310.05914)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """AdamW's decay rates."""
+    """Decay rates of adamw and adam; rmsprop uses the second."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.0
@@ -476,15 +514,17 @@ class EvaluationConfig(Section):
     sets: dict[str, DatasetConfig] = Field(default_factory=dict)
     """Held-out sets by name."""
     pairs: dict[str, DatasetConfig] = Field(default_factory=dict)
-    """Held-out preference pairs by name (rm, dpo): how often the better answer gets the higher score."""
+    """Held-out preference pairs by name (sft, rm, dpo, kto): how often the better answer gets the higher score."""
     every: Positive | None = None
     """Steps between evaluations; before the first and after the last step it always runs."""
     keep_best: str | None = None
     """Metric, for example eval/sums/pass@1: the model at its highest value is kept in stages/<stage>/model-best."""
     samples: Positive = 1
-    """Responses per prompt (k of pass@k)."""
+    """Responses per prompt (n); above 1 they give mean@n, pass@k and, where the reward can read answers, maj@n."""
+    ks: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """k of pass@k, each at most samples; default: samples itself."""
     temperature: NonNegativeFloat = 0.0
-    """0 = greedy."""
+    """0 = greedy; several samples need one above."""
     max_response_tokens: Positive | None = None
     """Default: rollout.max_response_tokens."""
     correct_above: float = 0.5
@@ -559,6 +599,10 @@ class Recipe(Section):
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DatasetConfig
     """Training set."""
+    mix: dict[str, MixedDatasetConfig] = Field(default_factory=dict)
+    """Further training sets by name, visited in one random order with `data`."""
+    curriculum: CurriculumConfig | None = None
+    """Pass over rows that are too easy or too hard; an epoch then visits its rows without taking all."""
     reward: list[RewardConfig] = Field(default_factory=list)
     """Parts of the reward; their weighted sum is the reward."""
     reward_model: RewardModelConfig | None = None
@@ -587,10 +631,25 @@ class Recipe(Section):
         return rules.roles(self)
 
     @property
+    def training_data(self) -> dict[tuple[str, ...], DatasetConfig]:
+        """The sets that are learned from, by their keys."""
+        return {("data",): self.data} | {("mix", name): data for name, data in self.mix.items()}
+
+    @property
+    def training_weights(self) -> dict[tuple[str, ...], float]:
+        """How often each row of those sets comes in one pass."""
+        return {("data",): 1.0} | {("mix", name): data.weight for name, data in self.mix.items()}
+
+    @property
     def policy_temperature(self) -> float:
         """At which the policy's log-probs are taken: the sampler's where its samples are what is learned from by policy
         gradient, else 1."""
         return self.rollout.temperature if self.method in ("ppo", "grpo", "distill") else 1.0
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the actor carries the value head."""
+        return self.method == "ppo" and self.critic.shared
 
     @property
     def scored(self) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from rlhf.data import load_labels, load_preferences, load_prompts, load_sft, load_steps
+from rlhf.data import load_labels, load_preferences, load_prompts, load_sft, load_steps, mixed
+from rlhf.data.rows import MIX
 from rlhf.models import context_length, generation_stop_ids
 from rlhf.recipe.schema import DatasetConfig, Recipe
 from rlhf.reward import Scorer
@@ -94,15 +95,20 @@ def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
     more: dict[str, Any] = {}
     if recipe.ptx is not None:
         more["ptx"] = rows_of(recipe.ptx.data, "ptx", load_sft, context)
+
+    def training_set(load: Callable[..., Any], room: int) -> Any:
+        sets = [rows_of(recipe.data, "train", load, room, objects.train_rows)]
+        sets += [rows_of(config, f"{MIX}{name}", load, room) for name, config in recipe.mix.items()]
+        return mixed(sets, list(recipe.training_weights.values()))
+
     load = LOADERS.get(recipe.method, load_prompts)
     if recipe.method == "distill" and recipe.distill.on_policy_frac == 1:
         load = load_prompts
     if load is load_prompts or recipe.method == "distill" and recipe.distill.on_policy_frac > 0:
-        room = _room(context, recipe.rollout.max_response_tokens, "rollout")
-        more["prompts"] = rows_of(recipe.data, "train", load_prompts, room, objects.train_rows)
-    train = more["prompts"] if load is load_prompts else rows_of(recipe.data, "train", load, context, objects.train_rows)
+        more["prompts"] = training_set(load_prompts, _room(context, recipe.rollout.max_response_tokens, "rollout"))
+    train = more["prompts"] if load is load_prompts else training_set(load, context)
     if recipe.method == "online_dpo" and recipe.online.pairs == "gold":
-        answers = rows_of(recipe.data, "train", load_sft, context, objects.train_rows)
+        answers = training_set(load_sft, context)
         more["gold"] = {answers[i].id: answers[i].response_ids for i in range(len(answers))}
     return Datasets(train=train, eval_sets=eval_sets, eval_pairs=eval_pairs, **more)
 

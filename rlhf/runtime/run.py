@@ -216,11 +216,12 @@ def _run_stage(
     tracker.phase("starting processes and loading models")
     with launch(group_specs(recipe, updates, objects), recipe.runtime) as groups:
         clock = Clock()
-        described = [facts for group in groups.values() for facts in group.call("describe")]
+        by_group = [group.call("describe") for group in groups.values()]
+        described = [facts for answers in by_group for facts in answers]
         _report_exactness(recipe, described, tracker)
         check_space(
             folder / "checkpoints",
-            checkpoint_bytes=max(d["checkpoint_bytes"] for d in described),
+            checkpoint_bytes=sum(answers[0]["checkpoint_bytes"] for answers in by_group),
             keep_last=recipe.run.keep_last,
             model_bytes=max(d["model_bytes"] for d in described),
         )

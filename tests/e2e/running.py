@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +58,38 @@ TINY = {
         },
     },
 }
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """`base` with `changes`: dictionaries key by key, all else (and an empty dictionary) replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and value and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if deeper else value
+    return result
+
+
+def trainer_in(folder: Path):
+    """run(recipe, *overrides, name=..., faults=..., env=...) -> (finished process, run directory) in `folder`."""
+
+    def run(
+        recipe: dict,
+        *overrides: str,
+        name: str = "tiny",
+        faults: str = "",
+        timeout: int = 240,
+        env: Mapping[str, str] | None = None,
+    ):
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        variables = {"PYTHONPATH": str(ROOT), "RLHF_FAULTS": faults, "WANDB_MODE": "offline", **(env or {})}
+        command = [sys.executable, "-m", "rlhf.cli", "train", str(path), f"run.name={name}", *overrides]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        return done, folder / "runs" / name
+
+    return run
 
 
 def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:

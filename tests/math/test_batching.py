@@ -207,13 +207,14 @@ def test_a_plan_holds_every_row_once_within_the_budget(
     lengths: list[int], processes: int, max_tokens: int
 ) -> None:
     """Would catch: a lost row, a process with fewer micro-batches (which hangs the others), an overfull
-    one.
+    one, more micro-batches than rows (each empty one costs a forward and a backward).
     """
     plan = plan_micro_batches(lengths, num_processes=processes, max_tokens=max_tokens)
     micros = [rows for process in plan for rows in process]
     assert sorted(row for rows in micros for row in rows) == list(range(len(lengths)))
     assert len(plan) == processes
     assert len({len(process) for process in plan}) == 1 and len(plan[0]) >= 1
+    assert len(plan[0]) <= max(1, math.ceil(len(lengths) / processes))
     assert all(sum(lengths[r] for r in rows) <= max_tokens or len(rows) == 1 for rows in micros)
     assert all(rows == sorted(rows) for rows in micros)
     assert plan == plan_micro_batches(tuple(lengths), num_processes=processes, max_tokens=max_tokens)

@@ -107,6 +107,16 @@ def test_metrics_by_name(random_batch) -> None:
     assert stats["value/explained_variance"] == pytest.approx(want)
 
 
+def test_a_value_within_the_clip_is_not_clipped(random_batch) -> None:
+    """Would catch: a share of clipped values that is the rounding of V_old + (V - V_old), and so depends on the cut."""
+    batch, _ = _batch(random_batch, 3)
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand((2, *batch.values.shape), generator=generator) * 0.19 - 0.095
+    batch, values = batch.replace(values=small[0], returns=batch.returns.float()), small[1]
+    assert (batch.values + (values - batch.values) != values)[batch.loss_mask].any()
+    assert finish_stats(value_loss(batch, values, value_clip=0.2)[1])["value/clip_frac"] == 0.0
+
+
 def test_explained_variance_where_it_is_undefined(random_batch) -> None:
     """Would catch: 0 / 0, or noise / noise, when every return is the same; NaN hidden among the tokens."""
     batch, values = _batch(random_batch, 3)

@@ -6,24 +6,19 @@ as a table, from which docs/trl.md is written. TRL is imported by the tests only
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before anything imports the hub's client: no requests, no usage statistics.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import huggingface_hub.constants  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-from rlhf.logprobs import batch_logprobs  # noqa: E402
-from rlhf.models import build_model, build_tokenizer, load_model, load_tokenizer, save_model  # noqa: E402
-from rlhf.recipe.load import plan_from_dict  # noqa: E402
-from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig  # noqa: E402
-from rlhf.trainers.forward import loss_function  # noqa: E402
+from rlhf.logprobs import batch_logprobs
+from rlhf.models import build_model, build_tokenizer, load_model, load_tokenizer, save_model
+from rlhf.recipe.load import plan_from_dict
+from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
+from rlhf.trainers.forward import loss_function
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # of the whole gradient, in the 2-norm
@@ -38,6 +33,7 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
 }
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n"  # TRL tries its own sentences on the tokenizer
 METHODS = {  # what a recipe of the method must name beside its model
     "grpo": {"reward": [{"function": "exact_match"}]},
     "kto": {"data": {"response_column": "completion"}},
@@ -68,6 +64,16 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{row.name:<58} {loss:>8} {gradient:>8}  {differs}".rstrip())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """TRL's trainers send usage statistics through the hub's client, which may be imported already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        yield
+
+
 # -- both sides ------------------------------------------------------------------------------------------------------
 
 
@@ -90,10 +96,11 @@ def gradient_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 @pytest.fixture(scope="session")
 def measure():
-    """measure(name, (our model, our loss), (TRL's model, TRL's loss)) -> Measured, kept for the table."""
+    """measure(name, (our model, our loss), (TRL's model, TRL's loss)) -> Measured, kept for the table. Without `value`
+    the gradients alone are compared."""
 
-    def compare(name, ours, theirs, *, differs=False) -> Measured:
-        loss = relative(ours[1].detach(), theirs[1].detach())
+    def compare(name, ours, theirs, *, differs=False, value=True) -> Measured:
+        loss = relative(ours[1].detach(), theirs[1].detach()) if value else None
         row = Measured(name, loss, gradient_difference(gradient(*ours), gradient(*theirs)), differs)
         _measured.append(row)
         return row
@@ -115,9 +122,9 @@ def note():
 def agree(measure):
     """As `measure`, and the differences must be rounding."""
 
-    def check(name, ours, theirs):
-        row = measure(name, ours, theirs)
-        assert row.loss <= LOSS_TOLERANCE and row.gradient <= GRADIENT_TOLERANCE, row
+    def check(name, ours, theirs, *, value=True):
+        row = measure(name, ours, theirs, value=value)
+        assert (row.loss or 0.0) <= LOSS_TOLERANCE and row.gradient <= GRADIENT_TOLERANCE, row
 
     return check
 
@@ -126,7 +133,7 @@ def agree(measure):
 def folder(tmp_path_factory) -> Path:
     """Folders `policy` and `reference`: one model, and the same with some noise on its weights."""
     root = tmp_path_factory.mktemp("weights")
-    tokenizer = build_tokenizer(BuildTokenizerConfig())
+    tokenizer = build_tokenizer(BuildTokenizerConfig(alphabet=ALPHABET))
     model = build_model(BuildModelConfig(model_type="qwen3", config=SIZES), tokenizer, seed=0)
     save_model(model, tokenizer, root / "policy")
     noise = torch.Generator().manual_seed(0)
@@ -146,6 +153,8 @@ def pairs():
         ("12*(3+4)=", "84", "12*3+4=40 #40"),
         ("9?", "9 9 9 9 9", "0: 1 2 3"),
         ("(5-1)*2+3*3=", "8+9=17", "8+9=16"),
+        ("3?", "3 5", "5 3"),  # the policy prefers this one to the next, the reference does not
+        ("2?", "2 1", "1 2"),
     ]
     return [
         {"prompt": message("user", p), "chosen": message("assistant", c), "rejected": message("assistant", r)}
@@ -166,6 +175,7 @@ class Ours:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenizer = load_tokenizer(self.recipe("sft").model, self.recipe("sft").tokenizer)
+        self._frozen = {name: self.model(name, trainable=False) for name in ("policy", "reference")}
 
     def recipe(self, method, **sections):
         """A recipe on the policy's folder; sections by name as in a file."""
@@ -186,12 +196,11 @@ class Ours:
     @torch.no_grad()
     def logprobs(self, name, batch, *, temperature=1.0):
         """(B, T) of the loss tokens under the model in the folder of that name."""
-        model = self.model(name, trainable=False)
-        return batch_logprobs(model, batch, temperature=temperature, targets=batch.loss_mask)[0]
+        return batch_logprobs(self._frozen[name], batch, temperature=temperature, targets=batch.loss_mask)[0]
 
-    def loss(self, name, recipe, batch, **changing):
+    def loss(self, name, recipe, batch, *, policy="policy", **changing):
         """(model, loss) and the sums of a loss of `rlhf.trainers.forward` on a whole step's batch."""
-        model = self.model()
+        model = self.model(policy)
         loss, sums = loss_function(name, recipe, **changing)(model, batch)
         return (model, loss), sums
 
@@ -210,7 +219,6 @@ class Theirs:
     def __init__(self, folder: Path, output_dir: Path) -> None:
         self.folder = folder
         self.output_dir = output_dir
-        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # the client may be imported already
 
     @property
     def tokenizer(self):

@@ -445,6 +445,22 @@ def test_a_state_saved_with_another_optimizer_is_refused(stage: int) -> None:
     other.destroy()
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_layers_learn_at_their_own_rates(stage: int) -> None:
+    """Would catch: one rate for all, given to every group at each update; ZeRO-3's parts in another group."""
+    start = {n: p.detach() for n, p in build_model().named_parameters()}
+    moves = []
+    for changes in ({}, {"layer_lr_decay": 0.5}):
+        engine = engine_for(build_model(), stage, optimizer="sgd", weight_decay=0.0, lr=1.0, **changes)
+        engine.update(cut(build_batch(), RAGGED), nll)
+        moves.append({n: w - start[n] for n, w in weights(engine).items()})
+        engine.destroy()
+    for name, moved in moves[0].items():
+        scale = 0.25 if "embed" in name else 0.5 if "layers.0" in name else 1.0
+        torch.testing.assert_close(moves[1][name], scale * moved, rtol=1e-4, atol=1e-6)
+    assert moves[0]["model.layers.0.mlp.up_proj.weight"].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_frozen_weights_stay_and_are_not_saved(stage: int) -> None:
     """Would catch: weight decay of what is frozen, its moments in the checkpoint."""
