@@ -44,7 +44,10 @@ def run(recipe: str, env: dict[str, str], work: Path) -> float:
     """Train a recipe in `work`; seconds that its steps and evaluations took."""
     command = [sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "recipes" / "gsm8k" / f"{recipe}.yaml")]
     subprocess.run(
-        [*command, f"run.output_dir={work / 'runs'}", "tracking.wandb=off"], env=os.environ | env, cwd=ROOT, check=True
+        [*command, f"run.output_dir={work / 'runs'}", "tracking.wandb=off"],
+        env=os.environ | env,
+        cwd=ROOT,
+        check=True,
     )
     return sum(record["time/step_s"] for record in read(work / "runs" / f"gsm8k_{recipe}" / "timings.jsonl"))
 
@@ -61,13 +64,19 @@ def held_out(run_dir: Path) -> dict[str, Any]:
         if "eval/heldout/accuracy" in record:
             stages[record["stage"]].append(record)
     return {
-        stage: {"steps": records[-1]["step"] - records[0]["step"], "before": _interval(records[0]), "after": _interval(records[-1])}
+        stage: {
+            "steps": records[-1]["step"] - records[0]["step"],
+            "before": _interval(records[0]),
+            "after": _interval(records[-1]),
+        }
         for stage, records in stages.items()
     }
 
 
 def _interval(record: dict[str, Any]) -> list[float]:
-    return [round(record[f"eval/heldout/{name}"], 4) for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    return [
+        round(record[f"eval/heldout/{name}"], 4) for name in ("accuracy", "accuracy_low", "accuracy_high")
+    ]
 
 
 def reward_gaps(model_dir: Path, pairs: list[Pair]) -> np.ndarray:
@@ -76,7 +85,10 @@ def reward_gaps(model_dir: Path, pairs: list[Pair]) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
 
     def score(question: str, solution: str) -> float:
-        texts = [f"{question}\n", solution]  # apart, as in training: where the writer changes, so does the tokenisation
+        texts = [
+            f"{question}\n",
+            solution,
+        ]  # apart, as in training: where the writer changes, so does the tokenisation
         ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             return model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits[0, 0].item()
@@ -130,7 +142,11 @@ def check_disjoint(source: Path, pairs_dir: Path) -> int:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -157,7 +173,9 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "gsm8k_methods", "date": time.strftime("%Y-%m-%d")}
     pairs, trained_on = (read(pairs_dir / f"pairs.{split}.jsonl") for split in ("heldout", "train"))
     report["held_out"] = {"pairs": len(pairs), "questions": check_disjoint(source, pairs_dir)}
-    report["intervals"] = "[accuracy, low, high], 95 %: Wilson over pairs; _by_question: bootstrap over questions"
+    report["intervals"] = (
+        "[accuracy, low, high], 95 %: Wilson over pairs; _by_question: bootstrap over questions"
+    )
     for recipe in args.recipes:
         seconds = run(recipe, env, work)
         run_dir = work / "runs" / f"gsm8k_{recipe}"

@@ -42,7 +42,15 @@ Row = dict[str, Any]
 def run(name: str, work: Path) -> tuple[Plan, Path]:
     """Train a recipe in `work`; its plan and its run directory."""
     file = RECIPES / f"{name}.yaml"
-    command = [sys.executable, "-m", "rlhf.cli", "train", str(file), f"run.output_dir={work}", f"run.name={name}"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf.cli",
+        "train",
+        str(file),
+        f"run.output_dir={work}",
+        f"run.name={name}",
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "tracking.wandb=off"], env=env, check=True)
     return load_plan(file), work / name
@@ -106,7 +114,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 def table(found: Sequence[Row]) -> str:
     head = ("recipe", "stage", "method", "held out", "before %", "after % [95 %]", "steps", "s")
     body = [
-        (r["recipe"], r["stage"], r["method"], r["set"] or "", percent(r["before"]), percent(r["after"], True))
+        (
+            r["recipe"],
+            r["stage"],
+            r["method"],
+            r["set"] or "",
+            percent(r["before"]),
+            percent(r["after"], True),
+        )
         + (str(r["steps"]), str(r["seconds"]))
         for r in found
     ]
@@ -121,7 +136,11 @@ def percent(value: Sequence[float] | None, interval: bool = False) -> str:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),

@@ -118,17 +118,17 @@ class Turns:
     """A side's end of the conversation: waits for "step", says how long the step took."""
 
     def __init__(self, channel: TextIO) -> None:
-        self._channel, self._started = channel, 0.0
+        self._channel, self.started, self._started_cpu = channel, 0.0, 0.0
 
     def wait(self) -> bool:
         """Whether there is another step to take."""
         go = sys.stdin.readline().strip() == "step"
-        self._started = time.perf_counter()
+        self.started, self._started_cpu = time.perf_counter(), time.process_time()
         return go
 
     def done(self, **facts: float) -> None:
-        seconds = time.perf_counter() - self._started
-        self.say(seconds=seconds, peak_mb=_status_mb("VmHWM"), **facts)
+        seconds, cpu = time.perf_counter() - self.started, time.process_time() - self._started_cpu
+        self.say(seconds=seconds, cpu=cpu, peak_mb=_status_mb("VmHWM"), **facts)
 
     def say(self, **facts: float) -> None:
         print(json.dumps(facts), file=self._channel, flush=True)
@@ -243,7 +243,7 @@ def run_trl(
                 os._exit(0)  # nothing to save
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turns.done(update_s=time.perf_counter() - turns._started - generating)
+            turns.done(update_s=time.perf_counter() - turns.started - generating)
 
     common = {
         "output_dir": str(folder),

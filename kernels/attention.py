@@ -77,9 +77,11 @@ class Plan:
     """Who attends to what. Sequence s has `query_lens[s]` >= 1 new tokens, the last of its `context_lens[s]`
     positions; the new tokens of all sequences lie one after another in q (N, Hq, D).
 
-    Without pages k and v are (N, Hkv, D) beside q and a context is its queries. With pages, position p of
-    sequence s lies in page `page_table[s, p // page_tokens]`; table entries beyond the context are never
-    read. Unwritten positions of a page must be finite (allocate pages with zeros).
+    Without pages k and v are (N, Hkv, D) beside q and a context is its queries, before which come, where
+    `prefix_starts` is given, the tokens from row `prefix_starts[s]` on: the queries of an earlier sequence that
+    this one goes on from, as many as the context lacks. With pages, position p of sequence s lies in page
+    `page_table[s, p // page_tokens]`; table entries beyond the context are never read. Unwritten positions of a
+    page must be finite (allocate pages with zeros).
 
     q may end with `num_repeats` more rows, copies of its last token that only fill a bucket of rows: N' = N +
     num_repeats, and their outputs are the last token's.
@@ -92,11 +94,13 @@ class Plan:
         *,
         page_table: np.ndarray | torch.Tensor | None = None,
         page_tokens: int | None = None,
+        prefix_starts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         num_repeats: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.query_lens, self.context_lens = _ints(query_lens), _ints(context_lens)
         self.page_table = None if page_table is None else _ints(page_table)
+        self.prefix_starts = None if prefix_starts is None else _ints(prefix_starts)
         self.page_tokens, self.num_repeats, self.device = page_tokens, num_repeats, torch.device(device)
         self.starts = np.cumsum(self.query_lens) - self.query_lens
         self.num_tokens = int(self.query_lens.sum())
@@ -105,9 +109,14 @@ class Plan:
             raise ValueError(
                 "every sequence needs at least one query and a context that ends with its queries"
             )
-        if self.page_table is None:
+        if self.prefix_starts is not None:
+            if self.page_table is not None:
+                raise ValueError("prefix_starts and page_table both say where a context begins; give one")
+            if (self.prefix_starts + self.context_lens - self.query_lens > self.starts).any():
+                raise ValueError("a prefix must lie before the sequence that goes on from it")
+        elif self.page_table is None:
             if (self.context_lens != self.query_lens).any():
-                raise ValueError("a context longer than its queries needs a page_table")
+                raise ValueError("a context longer than its queries needs a page_table or prefix_starts")
         elif page_tokens is None or page_tokens % KEY_STEP:
             raise ValueError(f"page_tokens={page_tokens} must be a multiple of {KEY_STEP}")
 
@@ -193,7 +202,11 @@ class Plan:
         head = np.arange(heads)[:, None]
         if self.page_table is None:
             position = np.minimum(key_from[:, None] + np.arange(width), last)
-            return 1, (self.starts[seq, None] + position)[:, None] * heads + head
+            own = position - (self.context_lens - self.query_lens)[seq, None]
+            token = self.starts[seq, None] + own
+            if self.prefix_starts is not None:
+                token = np.where(own < 0, self.prefix_starts[seq, None] + position, token)
+            return 1, token[:, None] * heads + head
         whole = width <= self.page_tokens and not key_from.any()  # one run, the beginning of a page
         run = width if whole else math.gcd(width, self.page_tokens, TILE)
         runs = self.page_tokens // run if self.page_tokens % run == 0 else 1
@@ -202,7 +215,8 @@ class Plan:
         return run, (page[:, None] * heads + head) * runs + (at % runs)[:, None]
 
     def _key_order(self, blocks: list[Block], heads: int, num_pieces: int) -> torch.Tensor | None:
-        if self.page_table is not None or num_pieces != len(self.query_lens):
+        own_keys = self.page_table is None and self.prefix_starts is None
+        if not own_keys or num_pieces != len(self.query_lens):
             return None
         rows = torch.cat([b.key_rows for b in blocks]).cpu().numpy()
         first_of_row = np.unique(rows, return_index=True)[1]  # what repeats a row after it is padding

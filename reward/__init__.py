@@ -9,6 +9,8 @@ import importlib
 
 _EXPORTS = {
     "FUNCTIONS": "rlhf.reward.functions",
+    "Judge": "rlhf.reward.judge",
+    "JudgeReader": "rlhf.reward.judge",
     "RewardError": "rlhf.reward.results",
     "Scorer": "rlhf.reward.score",
     "resolve": "rlhf.reward.functions",

@@ -103,7 +103,7 @@ class Scorer:
         ]
         timeouts = [any(column[i].timeout for column in judgements.values()) for i in range(len(scored))]
         self.stats = _stats(scored, timeouts, [p.name for p in self._parts])
-        _stop_if_too_many_missing(scored)
+        stop_if_too_many_missing(scored)
         return scored
 
     def _merge(self, rollout: Rollout, row: Sequence[Judgement]) -> Rollout:
@@ -321,7 +321,7 @@ def _stats(rollouts: Sequence[Rollout], timeouts: Sequence[bool], parts: Sequenc
     return stats
 
 
-def _stop_if_too_many_missing(rollouts: Sequence[Rollout]) -> None:
+def stop_if_too_many_missing(rollouts: Sequence[Rollout]) -> None:
     """Above 5 % the run stops. One missing reward alone never stops it, unless it is the only one of the step."""
     errors = [(r.sample_id, r.reward_error) for r in rollouts if r.reward is None]
     share = len(errors) / len(rollouts)

@@ -241,22 +241,30 @@ def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int) -> list[list[i
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """S sequences end to end in one row of N tokens, without padding, and M target tokens among them."""
+    """S sequences end to end in one row of N tokens, without padding, and M target tokens among them.
+
+    Where rows begin alike and `pack` may share that, the beginning is a sequence of its own, once, and each row's
+    rest a sequence that goes on from it.
+    """
 
     token_ids: torch.Tensor  # (N,) int64
-    position_ids: torch.Tensor  # (N,) int64, counted from 0 in each sequence
+    position_ids: torch.Tensor  # (N,) int64, counted from 0 in each row
     cu_seqlens: torch.Tensor  # (S + 1,) int32, where each sequence starts, and N
-    max_seqlen: int  # tokens of the longest sequence
-    target_index: torch.Tensor  # (M,) int64, places in the pack; never a sequence's first token
+    max_seqlen: int  # tokens of the longest row
+    target_index: torch.Tensor  # (M,) int64, places in the pack; never a row's first token
+    source_index: torch.Tensor  # (M,) int64, places of the tokens before them, which predict them
     rows: torch.Tensor  # (M,) int64, where each target stands in the batch
     cols: torch.Tensor  # (M,) int64
+    prefix_starts: torch.Tensor | None = None  # (S,) int64, where what a sequence goes on from starts
+    prefix_lens: torch.Tensor | None = None  # (S,) int64, how many tokens that is; 0: it begins by itself
 
 
-def pack(batch: Batch, targets: torch.Tensor) -> PackedSequences:
+def pack(batch: Batch, targets: torch.Tensor, *, share_prompts: bool = False) -> PackedSequences:
     """The batch's sequences end to end, in row order, and where its targets stand among them.
 
-    targets (B, T) bool marks the tokens whose log-prob is wanted. Raises ValueError for a target at padding
-    or at the first token of a sequence.
+    targets (B, T) bool marks the tokens whose log-prob is wanted. With `share_prompts`, neighbouring rows that begin
+    with the same tokens have them in common, up to the first target: the responses of a group hold their prompt
+    once, so do the two of a pair. Raises ValueError for a target at padding or at the first token of a sequence.
     """
     assert targets.shape == batch.token_ids.shape and targets.dtype == torch.bool
     lengths = batch.lengths
@@ -269,17 +277,88 @@ def pack(batch: Batch, targets: torch.Tensor) -> PackedSequences:
             f"sample {batch.sample_ids[row]!r}: a log-prob is wanted of padding or of a sequence's first "
             "token; nothing predicts those; start the sequence with a prompt or <bos>"
         )
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
     rows, cols = targets.nonzero(as_tuple=True)
+    shared = _shared_prompts(batch.token_ids, lengths, targets) if share_prompts else []
+    if shared:
+        return _pack_shared(batch, shared, rows, cols)
+    ends = lengths.cumsum(0)
+    target_index = (ends - lengths)[rows] + cols
     return PackedSequences(
         token_ids=batch.token_ids[real],
         position_ids=columns.expand_as(real)[real],
         cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
         max_seqlen=int(lengths.max()) if len(batch) else 0,
-        target_index=starts[rows] + cols,
+        target_index=target_index,
+        source_index=target_index - 1,
         rows=rows,
         cols=cols,
+    )
+
+
+_LEAST_SHARED = 8  # tokens; a sequence more in the pack is not worth fewer
+
+
+def _shared_prompts(
+    token_ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor
+) -> list[tuple[int, int, int]]:
+    """[(first row, row after the last, tokens)] of neighbouring rows that begin with the same tokens, none of which is
+    a target. At least one token of every row is left to itself."""
+    if len(lengths) < 2:
+        return []
+    before_targets = torch.where(targets.any(-1), targets.int().argmax(-1), lengths - 1)
+    alike = (token_ids[1:] == token_ids[:-1]).int().cumprod(-1).sum(-1)
+    room = torch.minimum(before_targets[1:], before_targets[:-1])
+    common = torch.minimum(alike, room).tolist()  # of each row with the next
+    found, row = [], 0
+    while row < len(common):
+        tokens, end = common[row], row + 1
+        if tokens >= _LEAST_SHARED:
+            while end < len(common) and common[end] >= tokens:
+                end += 1
+            found.append((row, end + 1, tokens))
+        row = end + (tokens >= _LEAST_SHARED)
+    return found
+
+
+def _pack_shared(
+    batch: Batch, shared: Sequence[tuple[int, int, int]], rows: torch.Tensor, cols: torch.Tensor
+) -> PackedSequences:
+    """The pack whose sequences are the shared beginnings, each followed by what its rows go on with."""
+    lengths, device = batch.lengths.tolist(), batch.token_ids.device
+    share_of = {first: (end, tokens) for first, end, tokens in shared}
+    spans: list[tuple[int, int, int]] = []  # row, columns from and to
+    prefixes: list[tuple[int, int]] = []  # start in the pack and tokens of what each goes on from
+    # Place in the pack that column 0 of a row has by its prefix, and would have by its rest; tokens of the prefix.
+    prefix_of, rest_of, prefix_len = torch.zeros(3, len(batch), dtype=torch.long)
+    row = at = 0
+    while row < len(batch):
+        end, tokens = share_of.get(row, (row + 1, 0))
+        start = at
+        if tokens:
+            spans.append((row, 0, tokens))
+            prefixes.append((0, 0))
+            at += tokens
+        for r in range(row, end):
+            prefix_of[r], rest_of[r], prefix_len[r] = start, at - tokens, tokens
+            spans.append((r, tokens, lengths[r]))
+            prefixes.append((start, tokens))
+            at += lengths[r] - tokens
+        row = end
+    ends = torch.tensor([to - since for _, since, to in spans]).cumsum(0)
+    starts, lens = torch.tensor(prefixes).T.to(device)
+    prefix_of, rest_of, prefix_len = (x.to(device) for x in (prefix_of, rest_of, prefix_len))
+    source = cols - 1
+    return PackedSequences(
+        token_ids=torch.cat([batch.token_ids[r, since:to] for r, since, to in spans]),
+        position_ids=torch.cat([torch.arange(since, to, device=device) for _, since, to in spans]),
+        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
+        max_seqlen=max(lengths),
+        target_index=rest_of[rows] + cols,
+        source_index=torch.where(source < prefix_len[rows], prefix_of[rows], rest_of[rows]) + source,
+        rows=rows,
+        cols=cols,
+        prefix_starts=starts,
+        prefix_lens=lens,
     )
 
 

@@ -32,7 +32,7 @@ def packed_logprobs(
         raise ValueError(f"temperature={temperature}: log-probs need one above 0; for greedy samples use 1")
     if not has_logprob_head(model):
         return token_logprobs(packed_logits(model, packed), target_ids(packed), temperature, entropy=entropy)
-    request = LogprobRequest(packed.target_index - 1, target_ids(packed), temperature, entropy)
+    request = LogprobRequest(packed.source_index, target_ids(packed), temperature, entropy)
     with ask_head(request):
         answer = _run(model, packed, logits_to_keep=0)
     return answer[:, 0], answer[:, 1] if entropy else None
@@ -45,7 +45,7 @@ def target_ids(packed: PackedSequences) -> torch.Tensor:
 
 def packed_logits(model: torch.nn.Module, packed: PackedSequences) -> torch.Tensor:
     """(M, V) logits of the distributions that the M target tokens were drawn from."""
-    sources = packed.target_index - 1
+    sources = packed.source_index
     logits = _run(model, packed, logits_to_keep=sources)
     assert logits.shape[0] == sources.shape[0], (
         f"{logits.shape[0]} rows of logits for {sources.shape[0]} targets"
@@ -74,11 +74,14 @@ def batch_logprobs(
     temperature: float,
     entropy: bool = False,
     targets: torch.Tensor | None = None,
+    share_prompts: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`packed_logprobs` of a batch, token-aligned: (B, T) fp32, 0 where `targets` (default: response_mask) is
     False.
 
-    The whole batch is one pack and one forward pass: cut it first (`plan_micro_batches`). A batch of no rows
+    The whole batch is one pack and one forward pass: cut it first (`plan_micro_batches`). Neighbouring rows of one
+    prompt run it once, with the same bits; `share_prompts=False` is for a forward that treats rows of one prompt
+    differently. A batch of no rows
     gives tensors of no rows without calling the model, which a sharded model (ZeRO-3) must then be run
     through some other way.
     """
@@ -86,7 +89,7 @@ def batch_logprobs(
     if len(batch) == 0:
         nothing = torch.zeros(targets.shape, device=targets.device)
         return nothing, nothing.clone() if entropy else None
-    packed = pack(batch, targets)
+    packed = pack(batch, targets, share_prompts=share_prompts)
     values, entropies = packed_logprobs(model, packed, temperature=temperature, entropy=entropy)
     return unpack(packed, values, targets), unpack(packed, entropies, targets) if entropy else None
 

@@ -29,10 +29,21 @@ from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_sco
 Loss = tuple[torch.Tensor, Sums]
 
 
+def _rows_are_alike(recipe: Recipe) -> bool:
+    """Whether the same tokens are the same to the model in every row: NEFTune's noise is a row's own."""
+    return recipe.trainer.neftune_alpha is None
+
+
 def policy(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl_coef: float) -> Loss:
     """Policy gradient (ppo, grpo). `kl_coef` is the step's, which may adapt."""
     settings = rules.decided(recipe).model_copy(update={"kl_coef": kl_coef})
-    logprobs, entropy = batch_logprobs(model, micro, temperature=recipe.rollout.temperature, entropy=True)
+    logprobs, entropy = batch_logprobs(
+        model,
+        micro,
+        temperature=recipe.rollout.temperature,
+        entropy=True,
+        share_prompts=_rows_are_alike(recipe),
+    )
     return policy_loss(micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens)
 
 
@@ -49,7 +60,9 @@ def policy_and_value(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl
 
 def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """Negative log-likelihood of the loss mask's tokens."""
-    logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+    logprobs, _ = batch_logprobs(
+        model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
+    )
     return sft_loss(micro, logprobs)
 
 
@@ -67,7 +80,9 @@ def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """DPO and its family."""
     if not recipe.preference.wpo:
-        logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+        logprobs, _ = batch_logprobs(
+            model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
+        )
         return preference_loss(micro, logprobs, recipe.preference)
     packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
     logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
@@ -79,7 +94,9 @@ def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 
 
 def kto(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
-    logprobs, _ = batch_logprobs(model, micro, temperature=1.0, targets=micro.loss_mask)
+    logprobs, _ = batch_logprobs(
+        model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
+    )
     return bind(LABEL_LOSSES[recipe.kto.loss], recipe.kto)(micro, logprobs)
 
 

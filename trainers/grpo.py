@@ -18,7 +18,8 @@ def train_grpo(stage: Stage) -> None:
     """Run the stage's remaining steps; `stage` resumes, publishes, evaluates, tracks and saves around them."""
     algorithm = stage.recipe.algorithm
     for step in stage.steps():
-        groups = scored_groups(stage, step)
+        fresh = scored_groups(stage, step)
+        groups = [*fresh, *stage.replayed(fresh, step)]
         rollouts = flatten(groups)
         group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
         batch = make_batch(rollouts, group_ids=group_ids, mask_truncated=algorithm.mask_truncated)
@@ -34,4 +35,4 @@ def train_grpo(stage: Stage) -> None:
                 updates.append(stage.update(minibatch, "policy"))
         stage.publish()
         stage.refresh_reference(step)
-        stage.track(step, rollouts=rollouts, batch=batch, updates=updates)
+        stage.track(step, rollouts=flatten(fresh), replayed=rollouts[len(flatten(fresh)) :], batch=batch, updates=updates)

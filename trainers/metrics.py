@@ -28,10 +28,9 @@ def update_metrics(updates: Sequence[UpdateStats], *, role: str = "policy") -> d
     return metrics | {f"{role}/grad_norm": last.grad_norm, f"{role}/lr": last.lr}
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], *, version: int) -> dict[str, float]:
-    """Lengths, ways of ending, and how many optimiser steps old the samples were when the update began."""
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths and ways of ending."""
     lengths = np.array([len(r.response_ids) for r in rollouts])
-    lags = [version - v for r in rollouts for v in r.policy_versions] or [0]
     return {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_p50": float(np.percentile(lengths, 50)),
@@ -40,6 +39,10 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, version: int) -> dict[str, f
         "rollout/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "rollout/aborted_frac": float(np.mean([r.finish_reason == "aborted" for r in rollouts])),
         "rollout/empty_frac": float(np.mean([not r.response_text.strip() for r in rollouts])),
-        "staleness/mean": float(np.mean(lags)),
-        "staleness/max": float(np.max(lags)),
     }
+
+
+def staleness_metrics(rollouts: Sequence[Rollout], *, version: int) -> dict[str, float]:
+    """How many optimiser steps old the samples were when the update on them began."""
+    lags = [version - v for r in rollouts for v in r.policy_versions] or [0]
+    return {"staleness/mean": float(np.mean(lags)), "staleness/max": float(np.max(lags))}

@@ -72,7 +72,9 @@ def select_best(groups: Sequence[RolloutGroup], *, keep: int, min_reward: float 
 
 
 def as_example(rollout: Rollout) -> SftExample:
-    return SftExample(id=rollout.sample_id, prompt_ids=rollout.prompt.token_ids, response_ids=rollout.response_ids)
+    return SftExample(
+        id=rollout.sample_id, prompt_ids=rollout.prompt.token_ids, response_ids=rollout.response_ids
+    )
 
 
 def as_record(rollout: Rollout, step: int) -> dict[str, Any]:

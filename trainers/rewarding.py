@@ -1,66 +1,104 @@
-"""Everything that gives a rollout its reward: rules, a reward model, the penalty on overlong responses.
+"""Everything that gives a rollout its reward: rules, a reward model, a judge, the penalty on overlong responses.
 
-Not here: the rules and how they are called (`rlhf.reward`), and the reward model itself (`rlhf.trainers.worker`).
+Not here: the rules and how they are called, and what a judge reads (`rlhf.reward`), and the models (`rlhf.trainers.worker`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rlhf.batching import make_batch
 from rlhf.overlong import overlong_penalty
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import JudgeConfig, Recipe
 from rlhf.records import Rollout
-from rlhf.reward import Scorer
-from rlhf.trainers.roles import RewardModel
+from rlhf.reward import Judge, Scorer
+from rlhf.reward.score import stop_if_too_many_missing
+from rlhf.trainers.roles import JudgeModel, RewardModel
 
-MODEL_PART = "reward_model"  # its name among a rollout's reward parts
 OVERLONG_PART = "overlong"
 
 
-class RewardSum:
-    """The rules' weighted sum, and a reward model's score on top. `score` and `stats` are those of a `Scorer`."""
+@dataclass(frozen=True)
+class ModelPart:
+    """A part of the reward that a model gives."""
 
-    def __init__(self, rules: Scorer | None, model: RewardModel, *, weight: float) -> None:
-        self._rules, self._model, self._weight = rules, model, weight
+    name: str  # among a rollout's reward parts
+    weight: float
+    score: Callable[[Sequence[Rollout]], Sequence[float]]
+    missing: str = ""  # why a score may be NaN
+    stats: Callable[[], Mapping[str, float]] = dict  # further metrics of the last call
+
+
+def reward_model_part(model: RewardModel, *, weight: float) -> ModelPart:
+    """A reward model's score of the whole response."""
+
+    def score(rollouts: Sequence[Rollout]) -> list[float]:
+        return model.score(make_batch(rollouts, group_ids=range(len(rollouts)), needs_reward=False)).tolist()
+
+    return ModelPart("reward_model", weight, score)
+
+
+def judge_part(config: JudgeConfig, model: JudgeModel) -> ModelPart:
+    """A judge's probability of the good verdict, or of winning."""
+    judge = Judge(config, model.ask)
+    return ModelPart("judge", config.weight, judge.score, judge.missing, lambda: judge.stats)
+
+
+class RewardSum:
+    """The rules' weighted sum, and what models give on top. `score`, `stats` and `answer_of` are those of a `Scorer`."""
+
+    def __init__(self, rules: Scorer | None, parts: Sequence[ModelPart]) -> None:
+        self._rules, self._parts = rules, parts
         self.stats: dict[str, float] = {}
         self.answer_of = rules.answer_of if rules is not None else None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with reward, parts and errors. Where a rule failed the whole reward is missing."""
+        """The rollouts with reward, parts and errors. Where a part is missing the whole reward is.
+
+        Raises RewardError when more than 5 % of the rewards, and more than one, are missing."""
         if self._rules is None:
-            rollouts = [r.replace(reward=0.0) for r in rollouts]
+            scored = [r.replace(reward=0.0) for r in rollouts]
         else:
-            rollouts = self._rules.score(rollouts)
-        scores = self._model.score(make_batch(rollouts, group_ids=range(len(rollouts)), needs_reward=False))
-        scored = [
-            add_part(rollout, MODEL_PART, score, weight=self._weight)
-            for rollout, score in zip(rollouts, scores.tolist(), strict=True)
-        ]
-        self.stats = reward_metrics(scored, self._rules.stats if self._rules else {})
+            scored = self._rules.score(rollouts)
+        for part in self._parts:
+            scored = [
+                add_part(r, part.name, value, weight=part.weight, missing=part.missing)
+                for r, value in zip(scored, part.score(scored), strict=True)
+            ]
+        self.stats = reward_metrics(scored, [part.name for part in self._parts], self._rules.stats if self._rules else {})
+        for part in self._parts:
+            self.stats |= part.stats()
+        stop_if_too_many_missing(scored)
         return scored
 
 
-def add_part(rollout: Rollout, name: str, value: float, *, weight: float) -> Rollout:
-    """The rollout with one more part of its reward; a missing reward stays missing."""
+def add_part(rollout: Rollout, name: str, value: float, *, weight: float, missing: str = "") -> Rollout:
+    """The rollout with one more part of its reward; a missing reward stays missing, and a value that is not finite makes
+    it so, for the reason `missing`."""
+    if not math.isfinite(value):
+        error = f"{name} gave {value}" + (f": {missing}" if missing else "")
+        return rollout.replace(reward=None, reward_error="; ".join(filter(None, (rollout.reward_error, error))))
     parts = {**rollout.reward_parts, name: value}
     if rollout.reward is None:
         return rollout.replace(reward_parts=parts)
-    if not torch.isfinite(torch.tensor(value)):
-        error = f"{name} gave {value}"
-        return rollout.replace(reward=None, reward_parts=parts, reward_error=error)
     return rollout.replace(reward=rollout.reward + weight * value, reward_parts=parts)
 
 
-def reward_metrics(rollouts: Sequence[Rollout], rule_stats: dict[str, float]) -> dict[str, float]:
-    """`reward/*` of the summed rewards; the rules' own parts and error shares stay."""
+def reward_metrics(
+    rollouts: Sequence[Rollout], parts: Sequence[str], rule_stats: Mapping[str, float]
+) -> dict[str, float]:
+    """`reward/*` of the summed rewards and of the models' `parts`; the rules' own parts stay."""
     rewards = torch.tensor([r.reward for r in rollouts if r.reward is not None], dtype=torch.float64)
-    parts = [r.reward_parts[MODEL_PART] for r in rollouts if MODEL_PART in r.reward_parts]
     metrics = dict(rule_stats)
-    if parts:
-        metrics[f"reward/{MODEL_PART}/mean"] = sum(parts) / len(parts)
+    for name in parts:
+        values = [r.reward_parts[name] for r in rollouts if name in r.reward_parts]
+        metrics[f"reward/{name}/mean"] = sum(values) / len(values) if values else math.nan
+    missing = 1.0 - len(rewards) / len(rollouts)
+    metrics["reward/error_frac"] = missing - metrics.get("reward/timeout_frac", 0.0)
     if len(rewards):
         metrics |= {
             "reward/mean": rewards.mean().item(),

@@ -156,6 +156,23 @@ class RewardModel:
             return _score(self.group, "score_rewards", batch, self._max_tokens, "reward")
 
 
+class JudgeModel:
+    """A frozen language model that is asked for verdicts."""
+
+    def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
+        self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
+
+    def ask(self, texts: Sequence[str]) -> torch.Tensor:
+        """(n, 2) fp32, for each text the probability of the good verdict and that of either; NaN where it is too long."""
+        size = self.group.size
+        with self._clock.phase("judge"):
+            results = self.group.call_each("judge", [(texts[i::size], self._max_tokens) for i in range(size)])
+        answers = torch.empty(len(texts), 2)
+        for i, result in enumerate(results):
+            answers[i::size] = result
+        return answers
+
+
 class Teacher:
     """A frozen model whose distribution is imitated."""
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rlhf.records import RolloutGroup
 from rlhf.trainers.evaluate import flatten
+from rlhf.trainers.replay import has_advantage
 from rlhf.trainers.stage import Stage
 
 
@@ -35,11 +36,6 @@ def scored_groups(stage: Stage, step: int) -> list[RolloutGroup]:
         }
     )
     return kept[:wanted] or groups
-
-
-def has_advantage(group: RolloutGroup) -> bool:
-    """Whether at least two of its rewards differ; missing ones say nothing."""
-    return len({reward for reward in group.rewards if reward is not None}) > 1
 
 
 def _round(stage: Stage, step: int, *, first: int) -> list[RolloutGroup]:

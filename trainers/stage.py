@@ -33,8 +33,9 @@ from rlhf.tracking import Tracker
 from rlhf.trainers.deepspeed_engine import UpdateStats
 from rlhf.trainers.evaluate import evaluate, evaluate_pairs
 from rlhf.trainers.forward import POLICY_LOSSES
-from rlhf.trainers.metrics import rollout_metrics, update_metrics
+from rlhf.trainers.metrics import rollout_metrics, staleness_metrics, update_metrics
 from rlhf.trainers.reference_cache import ReferenceCache
+from rlhf.trainers.replay import Replay
 from rlhf.trainers.rewarding import RewardSum, shorten
 from rlhf.trainers.roles import Actor, Clock, Critic, Reference, Sampler, Teacher
 from rlhf.trainers.weights import publish
@@ -102,12 +103,15 @@ class Stage:
     _published: int = field(default=-1, init=False)  # version of the weights that the sampler holds
     _cache: ReferenceCache | None = field(default=None, init=False)
     _curriculum: Curriculum | None = field(default=None, init=False)
+    _replay: Replay | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.progress.kl_coef = self.recipe.algorithm.kl_coef
         if self.recipe.curriculum is not None:
             ids = [self.data[i].id for i in range(len(self.data))]
             self._curriculum = Curriculum(self.recipe.curriculum, ids, seed=self.recipe.run.seed)
+        if self.recipe.algorithm.replay is not None:
+            self._replay = Replay(self.recipe.algorithm.replay, seed=self.recipe.run.seed)
 
     # -- the loop's side: data -------------------------------------------------------------------------------------
 
@@ -353,6 +357,7 @@ class Stage:
         batch: Batch | None,
         rollouts: Sequence[Rollout] | None = None,
         critic_updates: Sequence[UpdateStats] = (),
+        replayed: Sequence[Rollout] = (),
     ) -> None:
         """Note the step's numbers; they are written after a possible evaluation."""
         self._metrics |= update_metrics(updates) | update_metrics(critic_updates, role="value")
@@ -365,15 +370,14 @@ class Stage:
         if batch is not None:
             self._timings["train_tokens"] = float(batch.attention_mask.sum())
         if rollouts is not None:
-            self._track_rollouts(step, rollouts, batch, updates)
+            self._track_rollouts(step, rollouts, batch)
+            before = self.progress.version - sum(not u.skipped for u in updates)
+            self._metrics |= staleness_metrics([*rollouts, *replayed], version=before)
         self._adapt_kl(len(rollouts or ()))
 
-    def _track_rollouts(
-        self, step: int, rollouts: Sequence[Rollout], batch: Batch | None, updates: Sequence[UpdateStats]
-    ) -> None:
-        before = self.progress.version - sum(not u.skipped for u in updates)
+    def _track_rollouts(self, step: int, rollouts: Sequence[Rollout], batch: Batch | None) -> None:
         scored = any(r.reward is not None or r.reward_error is not None for r in rollouts)
-        self._metrics |= rollout_metrics(rollouts, version=before) | (self._reward_stats if scored else {})
+        self._metrics |= rollout_metrics(rollouts) | (self._reward_stats if scored else {})
         self._metrics["weights/version"] = float(self.progress.version)
         if batch is not None and batch.advantages is not None:
             self._metrics |= advantage_metrics(batch)
@@ -383,6 +387,14 @@ class Stage:
         masked = [why_masked(r, mask_truncated=self.recipe.algorithm.mask_truncated) for r in rollouts]
         masked = masked if scored else [None] * len(rollouts)
         self.tracker.samples(self.offset + step + 1, self.name, rollouts, masked=masked)
+
+    def replayed(self, fresh: Sequence[RolloutGroup], step: int) -> list[RolloutGroup]:
+        """Groups of earlier steps to learn from beside the `fresh` ones, as `algorithm.replay` says."""
+        if self._replay is None:
+            return []
+        drawn = self._replay.exchange(fresh, step)
+        self.note({"replay/groups": float(len(drawn)), "replay/buffer_groups": float(len(self._replay))})
+        return drawn
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Add numbers to the step's record."""
@@ -410,6 +422,8 @@ class Stage:
         self.progress = Progress(**checkpoint.meta["progress"])
         if self._curriculum is not None:
             self._curriculum.load_state(load_tensors(checkpoint.path / _CURRICULUM_FILE))
+        if self._replay is not None:
+            self._replay.load(checkpoint.path)
 
     def _trained_groups(self) -> list[Any]:
         """The groups that hold state which changes, each once."""
@@ -469,3 +483,5 @@ class Stage:
             group.call("save", str(folder))
         if self._curriculum is not None:
             save_tensors(folder / _CURRICULUM_FILE, self._curriculum.state())
+        if self._replay is not None:
+            self._replay.save(folder)

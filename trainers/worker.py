@@ -27,6 +27,7 @@ from rlhf.process import ProcessInfo
 from rlhf.recipe.rules import SCORING_MODELS
 from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig, TrainerConfig
 from rlhf.records import Batch
+from rlhf.reward import JudgeReader
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
 from rlhf.trainers.forward import POLICY_LOSSES, loss_function
@@ -66,6 +67,7 @@ class Worker(WeightMethods):
             "critic": self._make_critic,
             "reference": self._make_reference,
             "reward": self._make_reward,
+            "judge": self._make_judge,
             "teacher": self._make_teacher,
             "rollout": self._make_rollout,
         }
@@ -129,6 +131,13 @@ class Worker(WeightMethods):
         path = self.recipe.reward_model.path
         self._same_tokenizer(path, "reward_model.path")
         self._frozen["reward"] = self._scalar(_other_model(self.recipe.model, path), head="load", trainable=False)
+
+    def _make_judge(self) -> None:
+        """With the tokenizer in its own folder: it reads text, not the actor's tokens."""
+        judge = self.recipe.judge
+        config = _other_model(self.recipe.model, judge.path)
+        self._judge = JudgeReader(load_tokenizer(config, TokenizerConfig()), judge)
+        self._frozen["judge"] = load_model(config, self._judge.tokenizer, trainable=False, **self._options())
 
     def _make_teacher(self) -> None:
         path = self.recipe.teacher.path
@@ -282,6 +291,11 @@ class Worker(WeightMethods):
     def store_reward_scale(self, mean: float, std: float) -> None:
         """Keep the mean and spread of the actor's scores in its configuration, which an export writes."""
         store_reward_scale(self.actor.module, mean=mean, std=std)
+
+    def judge(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+        """(n, 2) fp32 on the CPU: for each text the probability of the good verdict, and that of either; NaN where it is
+        longer than the judge's context. `max_tokens` bounds a forward pass."""
+        return self._judge.ask(self._frozen["judge"], texts, max_tokens=max_tokens, device=self.info.device)
 
     def teacher_top(self, micro_batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The teacher's likeliest tokens at every loss token: (B, T, K) ids and their log-probs, on the CPU."""

@@ -40,7 +40,9 @@ class Curriculum:
         rows: list[int] = []
         passed_over = 0
         while len(rows) < count:
-            for row in rows_from(len(self._rows), seed=self._seed, position=position, count=count - len(rows)):
+            for row in rows_from(
+                len(self._rows), seed=self._seed, position=position, count=count - len(rows)
+            ):
                 if passed_over >= len(self._rows) or self._draw(position) < self.chance(row):
                     rows.append(row)
                 else:
@@ -57,7 +59,9 @@ class Curriculum:
         config, rate = self._config, float(self._rates[self._rows[row]])
         if rate == _UNTRIED:
             return 1.0
-        wanted = float(config.low <= rate <= config.high) if config.kind == "window" else 4.0 * rate * (1.0 - rate)
+        wanted = (
+            float(config.low <= rate <= config.high) if config.kind == "window" else 4.0 * rate * (1.0 - rate)
+        )
         return max(wanted, config.revisit)
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
@@ -91,7 +95,9 @@ class Curriculum:
         """Raises ValueError for the rates of another dataset."""
         rates = state["pass_rates"].numpy()
         if rates.shape != self._rates.shape:
-            raise ValueError(f"the saved pass rates are of {len(rates)} prompts, the data has {len(self._rates)}")
+            raise ValueError(
+                f"the saved pass rates are of {len(rates)} prompts, the data has {len(self._rates)}"
+            )
         self._rates = rates.copy()
 
     def _draw(self, position: int) -> float:

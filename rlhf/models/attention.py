@@ -29,7 +29,16 @@ NAME = "rlhf"
 class Packed(Protocol):
     """What `packed_attention` reads: `rlhf.batching.PackedSequences` has it."""
 
-    cu_seqlens: torch.Tensor  # (S+1,) int
+    cu_seqlens: torch.Tensor  # (S+1,) int, where the sequences' tokens begin and end
+
+
+class SharedPacked(Packed, Protocol):
+    """A pack in which sequences go on from one before them."""
+
+    prefix_starts: (
+        torch.Tensor | None
+    )  # (S,) int, the place of the first token of what a sequence goes on from
+    prefix_lens: torch.Tensor | None  # (S,) int, how many tokens that is; 0: nothing
 
 
 class StepContext(Protocol):
@@ -110,10 +119,14 @@ def use_context(context: StepContext | None) -> Iterator[None]:
         _current = before
 
 
-def packed_attention(packed: Packed) -> AbstractContextManager[None]:
+def packed_attention(packed: Packed | SharedPacked) -> AbstractContextManager[None]:
     """Within it, a forward's input_ids (1, N) are the sequences of `packed` one after another."""
-    lens = np.diff(packed.cu_seqlens.cpu().numpy())
-    return use_context(PackedContext(Plan(lens, lens, device=packed.cu_seqlens.device)))
+    lens, device = np.diff(packed.cu_seqlens.cpu().numpy()), packed.cu_seqlens.device
+    starts = getattr(packed, "prefix_starts", None)
+    if starts is None:
+        return use_context(PackedContext(Plan(lens, lens, device=device)))
+    contexts = lens + packed.prefix_lens.cpu().numpy()
+    return use_context(PackedContext(Plan(lens, contexts, prefix_starts=starts, device=device)))
 
 
 def paged_attention(context: PagedContext) -> AbstractContextManager[None]:

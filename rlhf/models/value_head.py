@@ -89,7 +89,9 @@ class _Values:
         if _asked is None:
             return super().forward(*args, **options)
         hidden: list[torch.Tensor] = []
-        reading = self.get_output_embeddings().register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+        reading = self.get_output_embeddings().register_forward_pre_hook(
+            lambda _, given: hidden.append(given[0])
+        )
         try:
             output = super().forward(*args, **options)
         finally:

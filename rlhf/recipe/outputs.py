@@ -17,7 +17,7 @@ from rlhf.recipe.suggest import closest
 
 Data = TypeVar("Data", bound=DatasetConfig)
 
-MODEL_SECTIONS = ("model", "critic", "reward_model", "reference", "teacher")
+MODEL_SECTIONS = ("model", "critic", "reward_model", "judge", "reference", "teacher")
 SELECTED_FILE = "selected.jsonl"  # of a rejection stage: prompt, response, reward, step
 _JUDGED = ("rm", "prm", "dpo", "kto")  # methods whose rows are pairs, labels or steps
 # How those rows are read: prompts in it are rendered already, whatever the section says of other sources.
@@ -73,7 +73,7 @@ def output_problems(
             yield key, message, "learn from it by sft or distill"
         elif not is_data and key[0] == "reward_model" and not scores:
             yield key, f"stage {name!r} ({method}) trains no reward model", "name a stage with method: rm"
-        elif not is_data and key[0] in ("model", "reference", "teacher") and scores:
+        elif not is_data and key[0] in ("model", "judge", "reference", "teacher") and scores:
             yield key, f"stage {name!r} ({method}) trains a model that gives scores, not text", "name another"
 
 
@@ -107,7 +107,12 @@ def resolve_outputs(recipe: Recipe, start: str | None, folder_of: Callable[[str]
         changes["ptx"] = recipe.ptx.model_copy(update={"data": _resolve_data(recipe.ptx.data, folder_of)})
     if start is not None:
         folder = str(folder_of(start) / "model")
-        own = recipe.model.model_dump() | {"path": folder, "build": None, "trust_code": None, "revision": None}
+        own = recipe.model.model_dump() | {
+            "path": folder,
+            "build": None,
+            "trust_code": None,
+            "revision": None,
+        }
         changes["model"], changes["tokenizer"] = ModelConfig(**own), TokenizerConfig()
     return recipe.model_copy(update=changes)
 

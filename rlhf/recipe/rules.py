@@ -51,6 +51,8 @@ def roles(recipe: Recipe) -> tuple[Role, ...]:
         needed.append("reference")
     if recipe.reward_model is not None and "rollout" in needed:
         needed.append("reward")
+    if recipe.judge is not None and "rollout" in needed:
+        needed.append("judge")
     samples = recipe.evaluation.sets or (recipe.method == "distill" and recipe.distill.on_policy_frac > 0)
     if samples and "rollout" not in needed:
         needed.append("rollout")
@@ -97,7 +99,7 @@ def _needs_reference(recipe: Recipe) -> bool:
 
 def problems(recipe: Recipe) -> Iterator[Inconsistency]:
     """Everything that does not fit together."""
-    for rule in (_source, _evaluation, _reward, _groups_of_responses, _columns, _curriculum, _objective, _critic, _kl, _preference, _distill, _steps, _placement):
+    for rule in (_source, _evaluation, _reward, _judge, _groups_of_responses, _columns, _curriculum, _objective, _replay, _critic, _kl, _preference, _distill, _steps, _placement):
         yield from rule(recipe)
 
 
@@ -129,15 +131,26 @@ def _evaluation(r: Recipe) -> Iterator[Inconsistency]:
 
 def _reward(r: Recipe) -> Iterator[Inconsistency]:
     if r.method in ("ppo", "grpo", "rejection") and not r.scored:
-        yield ("reward", "method"), f"{r.method} needs at least one reward function, or reward_model"
+        yield ("reward", "method"), f"{r.method} needs at least one reward function, reward_model or judge"
     elif r.method == "online_dpo" and r.online.pairs == "best_worst" and not r.scored:
         yield ("reward", "method", "online.pairs"), "online_dpo needs a reward to tell the best response from the worst"
     elif r.evaluation.sets and not r.scored:
-        yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function, or reward_model"
+        yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function, reward_model or judge"
     if r.method in SCORING_MODELS and r.evaluation.sets:
         yield ("evaluation.sets", "method"), f"{r.method} trains a model that gives scores, not text; use evaluation.pairs"
     if r.evaluation.pairs and r.method not in ("rm", "dpo", "sft", "kto"):
         yield ("evaluation.pairs", "method"), f"{r.method} has no score for pairs; use evaluation.sets"
+
+
+def _judge(r: Recipe) -> Iterator[Inconsistency]:
+    if r.judge is None or not r.judge.compares or "judge" not in r.roles:
+        return
+    if r.rollout.group_size < 2 or r.algorithm.advantage == "remax" and r.method == "grpo":
+        message = "the judge compares two responses to a prompt: use group_size >= 2 and not remax, or a template with {response}"
+        yield ("judge.template", "rollout.group_size", "algorithm.advantage"), message
+    if r.evaluation.sets and r.evaluation.samples < 2:
+        message = "the judge compares two responses to a prompt: use evaluation.samples >= 2, or a template with {response}"
+        yield ("judge.template", "evaluation.samples"), message
 
 
 def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
@@ -220,6 +233,18 @@ def _critic(r: Recipe) -> Iterator[Inconsistency]:
         if r.shares_trunk and value != default:
             message = f"{name}={value} is a critic's of its own, which shared: true does not have; leave it out or set shared: false"
             yield (f"critic.{name}", "critic.shared"), message
+
+
+def _replay(r: Recipe) -> Iterator[Inconsistency]:
+    a = r.algorithm
+    if a.replay is None:
+        return
+    if r.method != "grpo" or a.advantage == "remax":
+        what = "remax compares with the present policy's greedy answer" if r.method == "grpo" else f"{r.method} has no groups to replay"
+        yield ("algorithm.replay", "method", "algorithm.advantage"), f"{what}; leave it out"
+    elif a.correction == "none":
+        message = "replayed groups were sampled by earlier weights: set a correction, for example tis"
+        yield ("algorithm.correction", "algorithm.replay"), message
 
 
 def _kl(r: Recipe) -> Iterator[Inconsistency]:

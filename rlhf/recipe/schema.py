@@ -6,6 +6,7 @@ section. Nothing is changed after loading; derived numbers are properties.
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,7 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-Role = Literal["actor", "critic", "reference", "reward", "rollout", "teacher"]
+Role = Literal["actor", "critic", "reference", "reward", "judge", "rollout", "teacher"]
 Method = Literal[
     "sft", "rm", "prm", "ppo", "grpo", "dpo", "kto", "online_dpo", "rejection", "distill"
 ]
@@ -233,6 +234,13 @@ class RolloutConfig(Section):
     """Keep the pages of finished prompts and use them again under the same weights."""
 
 
+class ReplayConfig(Section):
+    groups: Positive = 256
+    """Groups kept, of those whose rewards differ; a newer one pushes the oldest out."""
+    fraction: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] = 0.25
+    """Earlier groups added to a step, as a share of its fresh ones."""
+
+
 class AlgorithmConfig(Section):
     """Policy-gradient methods: grpo and ppo."""
 
@@ -289,6 +297,8 @@ class AlgorithmConfig(Section):
     """Lower bound of icepop, and of sequence_mask, whose mean over tokens wants bounds near 1."""
     correction_high: PositiveFloat = 5.0
     """Upper bound of icepop and sequence_mask."""
+    replay: ReplayConfig | None = None
+    """grpo: learn from groups of earlier steps again; needs a correction, since other weights sampled them."""
     mask_truncated: bool = False
     """Leave responses that hit max_response_tokens out of the loss (DAPO's overlong filtering)."""
     overlong_buffer: NonNegative = 0
@@ -341,6 +351,41 @@ class RewardModelConfig(Section):
     """Factor of its score in the reward."""
     normalize: bool = False
     """Subtract the mean and divide by the std that training stored with the model."""
+
+
+class JudgeConfig(Section):
+    path: str
+    """Folder or hub name of a causal language model, with a tokenizer of its own, that judges every response."""
+    template: str
+    """What it reads: text with {prompt} and {response}, or with {prompt}, {first} and {second} to compare every two
+    responses of a group, in both orders."""
+    verdicts: tuple[str, str] | None = None
+    """The good and the bad answer, or "the first" and "the second", each one token; default: yes and no, or A and B."""
+    chat_template: bool = False
+    """Put the text into a user's turn of the judge's chat template."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor of its probability in the reward."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is shown two responses at once."""
+        return "{second}" in self.template
+
+    @property
+    def verdict_texts(self) -> tuple[str, str]:
+        return self.verdicts or (("A", "B") if self.compares else ("yes", "no"))
+
+    @field_validator("template")
+    @classmethod
+    def _known_fields(cls, value: str) -> str:
+        try:
+            fields = {text for _, text, spec, conversion in Formatter().parse(value) if text is not None and not (spec or conversion)}
+        except ValueError as error:
+            raise ValueError(f"{error}; write {{{{ and }}}} for braces that are meant") from None
+        if fields not in ({"prompt", "response"}, {"prompt", "first", "second"}):
+            found = ", ".join(sorted(fields)) or "nothing"
+            raise ValueError(f"it has {found} in braces; use {{prompt}} and {{response}}, or {{prompt}}, {{first}} and {{second}}")
+        return value
 
 
 class ReferenceConfig(Section):
@@ -607,6 +652,8 @@ class Recipe(Section):
     """Parts of the reward; their weighted sum is the reward."""
     reward_model: RewardModelConfig | None = None
     """A trained reward model, one more part of the reward."""
+    judge: JudgeConfig | None = None
+    """A language model whose verdict is one more part of the reward (RLAIF)."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     critic: CriticConfig = Field(default_factory=CriticConfig)
@@ -654,7 +701,7 @@ class Recipe(Section):
     @property
     def scored(self) -> bool:
         """Whether anything gives a reward."""
-        return bool(self.reward) or self.reward_model is not None
+        return bool(self.reward) or self.reward_model is not None or self.judge is not None
 
     @property
     def groups(self) -> dict[str, GroupConfig]:

@@ -19,8 +19,8 @@ from rlhf.recipe.schema import DatasetConfig, Recipe
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
 from rlhf.runtime.groups import Groups, GroupSpec
-from rlhf.trainers.rewarding import RewardSum
-from rlhf.trainers.roles import Actor, Clock, Critic, Reference, RewardModel, Sampler, Teacher
+from rlhf.trainers.rewarding import RewardSum, judge_part, reward_model_part
+from rlhf.trainers.roles import Actor, Clock, Critic, JudgeModel, Reference, RewardModel, Sampler, Teacher
 
 WORKER = "rlhf.trainers.worker:Worker"
 
@@ -201,9 +201,11 @@ def make_roles(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, obj
     if "rollout" in needed:
         sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
     scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
-    reward_model = role("reward", RewardModel)
-    if reward_model is not None:
-        scorer = RewardSum(scorer, reward_model, weight=recipe.reward_model.weight)
+    reward_model, judge = role("reward", RewardModel), role("judge", JudgeModel)
+    parts = [] if reward_model is None else [reward_model_part(reward_model, weight=recipe.reward_model.weight)]
+    parts += [] if judge is None else [judge_part(recipe.judge, judge)]
+    if parts:
+        scorer = RewardSum(scorer, parts)
     return {
         "actor": role("actor", Actor),
         "critic": role("critic", Critic),

@@ -19,7 +19,10 @@ def made(ids=IDS, **settings) -> Curriculum:
 
 def results(row: int, *rewards: float | None, ids=IDS) -> list[Rollout]:
     prompt = Prompt(id=ids[row], token_ids=(1,), text="?")
-    return [Rollout(f"0/{row}/{i}", prompt, (2,), (True,), (0.0,), (0,), "stop", reward=r) for i, r in enumerate(rewards)]
+    return [
+        Rollout(f"0/{row}/{i}", prompt, (2,), (True,), (0.0,), (0,), "stop", reward=r)
+        for i, r in enumerate(rewards)
+    ]
 
 
 def test_untried_rows_come_in_the_usual_order():

@@ -13,7 +13,9 @@ from rlhf.data.rows import Dataset
 
 
 def _dataset(name: str, rows: int) -> Dataset[str]:
-    return Dataset(tuple(f"{name}/{i}" for i in range(rows)), f"print of {name}", {"kept": rows, "bad_rows": 1})
+    return Dataset(
+        tuple(f"{name}/{i}" for i in range(rows)), f"print of {name}", {"kept": rows, "bad_rows": 1}
+    )
 
 
 @given(rows=st.integers(1, 40), weight=st.floats(0.01, 5))
@@ -42,6 +44,9 @@ def test_one_set_alone_stays_as_it_is() -> None:
 def test_another_weight_or_set_is_another_mixture() -> None:
     """Would catch: a run that goes on with another mixture than it was started with; counts of one set alone."""
     a, b = _dataset("a", 4), _dataset("b", 4)
-    prints = {mixed(sets, weights).fingerprint for sets, weights in (([a, b], [1, 1]), ([a, b], [1, 2]), ([b, a], [1, 1]))}
+    prints = {
+        mixed(sets, weights).fingerprint
+        for sets, weights in (([a, b], [1, 1]), ([a, b], [1, 2]), ([b, a], [1, 1]))
+    }
     assert len(prints) == 3
     assert mixed([a, b], [1.0, 0.5]).counts == {"kept": 6, "bad_rows": 2}

@@ -92,6 +92,18 @@ def trainer_in(folder: Path):
     return run
 
 
+def forked_run(recipe: dict, faults: str, log: str) -> None:
+    """Run a recipe in this process, which has imported its modules but run nothing; what it says goes to a file."""
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["RLHF_FAULTS"] = faults
+    from rlhf.recipe.load import plan_from_dict
+    from rlhf.runtime.run import run_plan
+
+    sys.exit(run_plan(plan_from_dict(recipe)))
+
+
 def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 

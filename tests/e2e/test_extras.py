@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 
+from rlhf.models import build_model, build_tokenizer
 from rlhf.recipe.load import plan_from_dict
+from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
 from rlhf.runtime.run import train_plan
-from tests.e2e.running import digest, records
-from tests.e2e.test_methods import METHODS, recipe_for
+from tests.e2e.running import TINY, digest, records
+from tests.e2e.test_methods import METHODS, documented, recipe_for
 
-EXTRAS = {name: METHODS[name] for name in ("shared_critic", "curriculum")}
+EXTRAS = {name: METHODS[name] for name in ("shared_critic", "curriculum", "replay")}
 
 
 @pytest.fixture
@@ -49,6 +51,51 @@ def test_resume_is_exact(run, name):
     assert run("whole", EXTRAS[name]) == whole
     assert (whole / "metrics.jsonl").read_text() == metrics
     assert digest(whole / "model" / "model.safetensors") == model
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> str:
+    """The folder of a small model with another vocabulary than the policy's."""
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = build_tokenizer(BuildTokenizerConfig(alphabet="#0123456789+-*=() ,.:?AByn"))
+    build = BuildModelConfig(
+        **TINY["model"]["build"] | {"config": TINY["model"]["build"]["config"] | {"initializer_range": 0.3}}
+    )
+    build_model(build, tokenizer, dtype="float32", seed=7).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+JUDGED = {
+    "alone": (
+        {"method": "grpo"},
+        {"template": "{prompt}:{response}?", "verdicts": ["y", "n"], "weight": 0.5},
+    ),
+    "pairs": (
+        {"method": "online_dpo", "reward": [], "evaluation": {"sets": {}}},
+        {"template": "{prompt}:{first},{second}?"},
+    ),
+    "best": (
+        {"method": "rejection", "reward": [], "evaluation": {"samples": 2, "temperature": 1.0}},
+        {"template": "{prompt}:{first},{second}?"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_judge_rewards_and_a_cut_off_run_goes_on(run, judge, name):
+    """Would catch: a judge with the policy's tokenizer, verdicts that reach no reward, numbers that are not documented."""
+    method, section = JUDGED[name]
+    changes = method | {"judge": section | {"path": judge}}
+    whole = run("judged", changes)
+    text = (whole / "metrics.jsonl").read_text()
+    steps = [r for r in records(whole) if r["step"]]
+    assert all(0 < r["reward/judge/mean"] < 1 and r["reward/std"] > 0 for r in steps)
+    emitted = {metric for r in steps for metric in r} - {"step", "stage"}
+    assert emitted <= documented(emitted) and "judge/verdict_mass" in emitted
+    cut_back(whole, 2)
+    run("judged", changes)
+    assert (whole / "metrics.jsonl").read_text() == text
 
 
 def test_zero_stage_does_not_change_a_shared_critic(run):

@@ -27,7 +27,7 @@ def test_recipe_runs_on_gsm8k_with_a_model_from_disk(tmp_path):
     eval_set = "evaluation.sets.gsm8k"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "recipes" / "gsm8k" / "grpo.yaml")),
+            *(sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "recipes" / "gsm8k_grpo.yaml")),
             *(f"model.path={tmp_path / 'model'}", "placement.all.gpus=0", "runtime.threads=1", "tracking.wandb=off"),
             *(f"data.path={DATA / 'train.jsonl'}", "data.subset=null", "data.split=null", "data.limit=64"),
             *(f"{eval_set}.path={DATA / 'test.jsonl'}", f"{eval_set}.subset=null", f"{eval_set}.split=null"),

@@ -53,6 +53,12 @@ METHODS = {
         "data": {"task_args": {"split": "train", "count": 16, "terms": 3}},
         "reward": [{"function": "format", "args": {"pattern": "[0-9]$"}}],
     },
+    "replay": {
+        "method": "grpo",
+        "algorithm": {"replay": {"groups": 6, "fraction": 0.5}, "correction": "tis"},
+        "reward": [{"function": "format", "args": {"pattern": "[0-9]$"}}],
+        "trainer": {"minibatches_per_step": 2},
+    },
     "several_k": {"method": "grpo", "evaluation": {"samples": 4, "ks": [2, 3], "temperature": 1.0}},
     "remax": {"method": "grpo", "algorithm": {"advantage": "remax"}, "rollout": {"group_size": 1}},
     "kl_cov": {"method": "grpo", "algorithm": {"covariance": "kl_cov", "cov_frac": 0.05}},

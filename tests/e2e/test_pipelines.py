@@ -30,7 +30,11 @@ def line() -> dict:
     recipe["stages"] = {
         "cold_start": {"method": "sft", "data": {"response_column": "response"}, "trainer": trainer(4)},
         "grpo": {"method": "grpo", "algorithm": {"kl_coef": 0.01}, "trainer": trainer(2, 1e-3)},
-        "select": {"method": "rejection", "online": {"keep_best": 2, "min_reward": 0.5, "train": False}, "trainer": trainer(5)},
+        "select": {
+            "method": "rejection",
+            "online": {"keep_best": 2, "min_reward": 0.5, "train": False},
+            "trainer": trainer(5),
+        },
         "sft": {"method": "sft", "model": start, "data": SELECTED, "trainer": trainer(3)},
         "mixed": {"method": "grpo", "mix": {"pairs": {**SUMS, "weight": 0.5}}, "trainer": trainer(4, 1e-3)},
         "distill": {"method": "distill", "model": small, "data": SELECTED, **student, "trainer": trainer(4)},
@@ -56,7 +60,10 @@ def test_every_stage_takes_what_the_earlier_ones_made(whole_line):
     steps = [r["stage"] for r in records(whole_line) if "robust/skipped_steps" in r]
     assert steps == [name for name, n in STEPS.items() for _ in range(n)]
     by_stage = {name: [r for r in records(whole_line) if r["stage"] == name] for name in STEPS}
-    weights = {name: digest(whole_line / "stages" / name / "model" / "model.safetensors") for name in list(STEPS)[:-1]}
+    weights = {
+        name: digest(whole_line / "stages" / name / "model" / "model.safetensors")
+        for name in list(STEPS)[:-1]
+    }
     assert weights["select"] == weights["grpo"] != weights["cold_start"]
     assert len(set(weights.values())) == len(weights) - 1
     small = (whole_line / "stages" / "distill" / "model" / "model.safetensors").stat().st_size
@@ -68,8 +75,12 @@ def test_every_stage_takes_what_the_earlier_ones_made(whole_line):
 def test_what_was_selected_is_what_the_next_stage_learns_from(whole_line):
     """Would catch: rows of another step or order, responses that were not selected, a prompt rendered twice."""
     rows = records(whole_line, "stages/select/selected.jsonl")
-    assert {row["step"] for row in rows} <= set(range(1, 6)) and [r["step"] for r in rows] == sorted(r["step"] for r in rows)
-    assert rows and all(row["reward"] == 1 and row["prompt"].endswith("=") and "<|" not in row["response"] for row in rows)
+    assert {row["step"] for row in rows} <= set(range(1, 6)) and [r["step"] for r in rows] == sorted(
+        r["step"] for r in rows
+    )
+    assert rows and all(
+        row["reward"] == 1 and row["prompt"].endswith("=") and "<|" not in row["response"] for row in rows
+    )
     fracs = {r["step"] - 6: r["rollout/selected_frac"] for r in records(whole_line) if r["stage"] == "select"}
     for step, frac in fracs.items():
         assert sum(row["step"] == step for row in rows) == frac * 8 * 4
@@ -86,7 +97,9 @@ def test_killed_in_every_stage_is_the_uninterrupted_line(train, whole_line):
     for name in ("metrics.jsonl", "samples.jsonl", "stages/select/selected.jsonl"):
         assert (whole_line / name).read_text() == (killed / name).read_text(), name
     for name in ("model", *(f"stages/{stage}/model" for stage in list(STEPS)[:-1])):
-        assert digest(whole_line / name / "model.safetensors") == digest(killed / name / "model.safetensors"), name
+        assert digest(whole_line / name / "model.safetensors") == digest(
+            killed / name / "model.safetensors"
+        ), name
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,10 @@ LENGTHS = [9, 20, 1, 70]
 def forward(model, pack, keep=0):
     with packed_attention(pack), ask_values() as given:
         output = model(
-            input_ids=pack.token_ids[None], position_ids=pack.position_ids[None], logits_to_keep=keep, use_cache=False
+            input_ids=pack.token_ids[None],
+            position_ids=pack.position_ids[None],
+            logits_to_keep=keep,
+            use_cache=False,
         )
     (values,) = given
     return output.logits[0], values
@@ -91,7 +94,9 @@ def test_on_disk_it_lies_beside_a_plain_model(made, tokenizer, pack, tmp_path):
     model, sequences = made(), pack(LENGTHS)
     draw_head(model)
     weights = dict(model.named_parameters())
-    save_model(model, tokenizer, tmp_path, weights={n: w for n, w in weights.items() if not is_of_value_head(n)})
+    save_model(
+        model, tokenizer, tmp_path, weights={n: w for n, w in weights.items() if not is_of_value_head(n)}
+    )
     save_value_head(weights, tmp_path)
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and type(plain).__name__ == type(model).__name__
@@ -101,7 +106,10 @@ def test_on_disk_it_lies_beside_a_plain_model(made, tokenizer, pack, tmp_path):
     for got, want in zip(forward(again, sequences), forward(model, sequences), strict=True):
         assert torch.equal(got, want)
 
-    for weight, said in ((torch.zeros(1, 63), "another model"), (torch.full((1, 64), torch.nan), "not finite")):
+    for weight, said in (
+        (torch.zeros(1, 63), "another model"),
+        (torch.full((1, 64), torch.nan), "not finite"),
+    ):
         save_file({"weight": weight}, tmp_path / FILE)
         with pytest.raises(ValueError, match=said):
             add_value_head(load_model(config, tokenizer, seed=0, trainable=True), str(tmp_path))

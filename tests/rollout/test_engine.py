@@ -101,6 +101,7 @@ def pack_one(ids):
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         max_seqlen=len(ids),
         target_index=none,
+        source_index=none,
         rows=none,
         cols=none,
     )

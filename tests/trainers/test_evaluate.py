@@ -12,7 +12,9 @@ from rlhf.trainers.evaluate import eval_metrics
 
 def responses(*texts: str) -> list[Rollout]:
     prompt = Prompt(id="p", token_ids=(1,), text="?", row={"answer": "#### 7"})
-    return [Rollout(f"0/0/{i}", prompt, (2,), (True,), (0.0,), (0,), "stop", text) for i, text in enumerate(texts)]
+    return [
+        Rollout(f"0/0/{i}", prompt, (2,), (True,), (0.0,), (0,), "stop", text) for i, text in enumerate(texts)
+    ]
 
 
 def test_pass_mean_and_majority_of_each_prompt():
@@ -34,5 +36,7 @@ def test_pass_mean_and_majority_of_each_prompt():
 def test_one_response_has_no_other_k():
     """Would catch: mean@1 or maj@1 written beside pass@1."""
     scorer = Scorer([RewardConfig(function="gsm8k")])
-    metrics = eval_metrics("t", scorer.score(responses("#### 7")), EvaluationConfig(), extract=scorer.answer_of)
+    metrics = eval_metrics(
+        "t", scorer.score(responses("#### 7")), EvaluationConfig(), extract=scorer.answer_of
+    )
     assert sorted(metrics) == ["eval/t/pass@1", "eval/t/reward_mean", "eval/t/truncated_frac"]

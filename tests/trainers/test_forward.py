@@ -47,17 +47,25 @@ def batch():
     for i, n in enumerate((3, 5, 2)):
         ids = tuple(range(4, 4 + n))
         prompt = Prompt(id=str(i), token_ids=(5, 6, 7 + i), text="")
-        rollouts.append(Rollout(f"0/{i}/0", prompt, ids, (True,) * n, (-3.0,) * n, (0,) * n, "stop", reward=1.0))
+        rollouts.append(
+            Rollout(f"0/{i}/0", prompt, ids, (True,) * n, (-3.0,) * n, (0,) * n, "stop", reward=1.0)
+        )
     made = make_batch(rollouts, group_ids=range(3))
     noise = torch.Generator().manual_seed(2)
-    fields = {name: torch.randn(made.token_ids.shape, generator=noise) for name in ("advantages", "returns", "values")}
+    fields = {
+        name: torch.randn(made.token_ids.shape, generator=noise)
+        for name in ("advantages", "returns", "values")
+    }
     return made.replace(**{name: torch.where(made.response_mask, x, 0.0) for name, x in fields.items()})
 
 
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def test_shared_loss_is_the_policy_s_plus_coef_times_the_critic_s(recipe, model, batch):
