@@ -42,7 +42,9 @@ Reward = str | Callable[..., list[float | None]]
 
 class _Trainer:
     method: str
-    sections: tuple[str, ...] = ()  # of the method: their fields are plain keywords, before any other section's
+    sections: tuple[
+        str, ...
+    ] = ()  # of the method: their fields are plain keywords, before any other section's
     eval_kind = "sets"  # what eval_dataset is: prompts to answer ("sets") or preference pairs ("pairs")
 
     def __init__(

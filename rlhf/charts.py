@@ -37,7 +37,11 @@ class _Points:
 
 def is_share(name: str) -> bool:
     """Whether a metric is a share of 1 and reads best in percent."""
-    return "_frac" in name or name.endswith("accuracy") or any(f"/{kind}@" in name for kind in ("pass", "mean", "maj"))
+    return (
+        "_frac" in name
+        or name.endswith("accuracy")
+        or any(f"/{kind}@" in name for kind in ("pass", "mean", "maj"))
+    )
 
 
 def format_value(value: float | None, *, share: bool = False) -> str:

@@ -71,7 +71,9 @@ def _parse(text: str) -> list[tuple[str, str, str]]:
         where, _, kind = item.partition("=")
         point, _, step = where.partition("@")
         if point not in POINTS or kind not in KINDS:
-            raise ValueError(f"RLHF_FAULTS entry {item!r}: want point@step=kind, point in {POINTS}, kind in {KINDS}")
+            raise ValueError(
+                f"RLHF_FAULTS entry {item!r}: want point@step=kind, point in {POINTS}, kind in {KINDS}"
+            )
         entries.append((point, step or "*", kind))
     return entries
 

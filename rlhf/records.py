@@ -35,7 +35,9 @@ class Rollout:
     # written by the rollout engine
     response_ids: tuple[int, ...]  # every token after the prompt, stop token included
     response_mask: tuple[bool, ...]  # True = written by the policy, False = by a tool
-    rollout_logprobs: tuple[float, ...]  # fp32, nats, under the policy at the sampling temperature; 0 where masked
+    rollout_logprobs: tuple[
+        float, ...
+    ]  # fp32, nats, under the policy at the sampling temperature; 0 where masked
     policy_versions: tuple[int, ...]  # optimiser steps in the weights that wrote each token
     finish_reason: FinishReason
     response_text: str = ""  # decoded for people and for rewards
@@ -47,7 +49,9 @@ class Rollout:
     def __post_init__(self) -> None:
         n = len(self.response_ids)
         for name in ("response_mask", "rollout_logprobs", "policy_versions"):
-            assert len(getattr(self, name)) == n, f"{self.sample_id}: {name} has {len(getattr(self, name))} of {n}"
+            assert len(getattr(self, name)) == n, (
+                f"{self.sample_id}: {name} has {len(getattr(self, name))} of {n}"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +124,9 @@ class Batch:
     advantages: torch.Tensor | None = None  # (B, T) fp32, 0 outside response_mask
     returns: torch.Tensor | None = None  # (B, T) fp32
     labels: torch.Tensor | None = None  # (B,) fp32, 1 = chosen or desirable, -1 = rejected or undesirable
-    margins: torch.Tensor | None = None  # (B,) fp32, by how much chosen is better; the same on both rows of a pair
+    margins: torch.Tensor | None = (
+        None  # (B,) fp32, by how much chosen is better; the same on both rows of a pair
+    )
     baselines: torch.Tensor | None = None  # (B,) fp32, what a loss that couples rows compares this one with
     token_labels: torch.Tensor | None = None  # (B, T) fp32, 0 or 1 at a step's last token, NaN elsewhere
     token_rewards: torch.Tensor | None = None  # (B, T) fp32, reward of each token, KL included

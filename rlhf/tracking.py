@@ -357,7 +357,6 @@ class Tracker:
             facts.append(("model", self._run["facts"]["model"]))
         return [*facts, ("report", str(self.run_dir / REPORT_FILE))]
 
-
     def _milestones(self, name: str) -> str:
         """The metric's first value, and its last one in every stage: "1.0 % → 43.0 % (warmup) → 95.0 % (grpo)"."""
         records = [r for r in self._headlines if name in r]

@@ -26,7 +26,13 @@ _PAIRS_AT_ONCE = 256
 
 
 def evaluate(
-    name: str, prompts: PromptDataset, sampler: Sampler, scorer: Scorer, config: EvaluationConfig, *, params: SamplingParams
+    name: str,
+    prompts: PromptDataset,
+    sampler: Sampler,
+    scorer: Scorer,
+    config: EvaluationConfig,
+    *,
+    params: SamplingParams,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Sample `config.samples` responses to every prompt, score them, and count.
 
@@ -34,7 +40,11 @@ def evaluate(
     alone, so that two evaluations differ by the weights only.
     """
     groups = sampler.generate(
-        [prompts[i] for i in range(len(prompts))], params, samples=config.samples, purpose=f"eval/{name}", step=0
+        [prompts[i] for i in range(len(prompts))],
+        params,
+        samples=config.samples,
+        purpose=f"eval/{name}",
+        step=0,
     )
     rollouts = scorer.score([r for group in groups for r in group.rollouts])
     return eval_metrics(name, rollouts, config, extract=scorer.answer_of), rollouts
@@ -54,7 +64,9 @@ def eval_metrics(
     response whose reward is missing did not pass.
     """
     n = config.samples
-    passed = np.array([r.reward is not None and r.reward > config.correct_above for r in rollouts]).reshape(-1, n)
+    passed = np.array([r.reward is not None and r.reward > config.correct_above for r in rollouts]).reshape(
+        -1, n
+    )
     rewards = [r.reward for r in rollouts if r.reward is not None]
     metrics = {
         "pass@1": float(passed.mean()),
@@ -67,7 +79,9 @@ def eval_metrics(
     if n > 1 and extract is not None:
         answers = [extract(r.response_text) for r in rollouts]
         chosen = [majority(answers[i * n : (i + 1) * n]) for i in range(len(passed))]
-        metrics[f"maj@{n}"] = float(np.mean([j is not None and row[j] for j, row in zip(chosen, passed, strict=True)]))
+        metrics[f"maj@{n}"] = float(
+            np.mean([j is not None and row[j] for j, row in zip(chosen, passed, strict=True)])
+        )
     return {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
 
 

@@ -53,7 +53,9 @@ def policy_and_value(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl
     logprobs, entropy, values = batch_logprobs_and_values(
         model, micro, temperature=recipe.rollout.temperature, entropy=True
     )
-    loss, sums = policy_loss(micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens)
+    loss, sums = policy_loss(
+        micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens
+    )
     critic_loss, critic_sums = bind(value_loss, recipe.critic)(micro, values)
     return loss + recipe.critic.coef * critic_loss, sums | critic_sums
 
@@ -69,11 +71,15 @@ def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """The NLL that keeps a policy a language model, weighted (InstructGPT's PPO-ptx)."""
     if recipe.shares_trunk:  # every trained tensor takes part in every micro-batch, as DeepSpeed wants it
-        logprobs, _, values = batch_logprobs_and_values(model, micro, temperature=1.0, targets=micro.loss_mask)
+        logprobs, _, values = batch_logprobs_and_values(
+            model, micro, temperature=1.0, targets=micro.loss_mask
+        )
         loss, sums = sft_loss(micro, logprobs + 0.0 * values)
     else:
         loss, sums = sft(recipe, model, micro)
-    renamed = {name.replace("sft/", "ptx/").replace("num_", "num_ptx_"): value for name, value in sums.items()}
+    renamed = {
+        name.replace("sft/", "ptx/").replace("num_", "num_ptx_"): value for name, value in sums.items()
+    }
     return recipe.algorithm.ptx_coef * loss, renamed
 
 
@@ -89,7 +95,10 @@ def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     spread = collision_entropy(logits.detach(), temperature=1.0)
     like = micro.token_ids
     return preference_loss(
-        micro, unpack(packed, logprobs, like), recipe.preference, collision_entropy=unpack(packed, spread, like)
+        micro,
+        unpack(packed, logprobs, like),
+        recipe.preference,
+        collision_entropy=unpack(packed, spread, like),
     )
 
 

@@ -35,4 +35,10 @@ def train_grpo(stage: Stage) -> None:
                 updates.append(stage.update(minibatch, "policy"))
         stage.publish()
         stage.refresh_reference(step)
-        stage.track(step, rollouts=flatten(fresh), replayed=rollouts[len(flatten(fresh)) :], batch=batch, updates=updates)
+        stage.track(
+            step,
+            rollouts=flatten(fresh),
+            replayed=rollouts[len(flatten(fresh)) :],
+            batch=batch,
+            updates=updates,
+        )

@@ -56,7 +56,9 @@ def gold_pairs(
 ) -> list[PreferenceExample]:
     """The row's own answer against each of the group's responses that differs from it (SPIN)."""
     return [
-        PreferenceExample(r.sample_id, group.prompt.token_ids, gold[group.prompt.id], r.response_ids, margin=None)
+        PreferenceExample(
+            r.sample_id, group.prompt.token_ids, gold[group.prompt.id], r.response_ids, margin=None
+        )
         for group in groups
         if group.prompt.id in gold  # an answer that is too long was left out
         for r in group.rollouts

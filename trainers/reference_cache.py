@@ -65,7 +65,9 @@ class ReferenceCache:
                 fault_point("reference.mid")
                 for i, sample in enumerate(batch.sample_ids):
                     if sample in logprobs:
-                        raise ValueError(f"two samples have the id {sample!r}; give the evaluation set another name")
+                        raise ValueError(
+                            f"two samples have the id {sample!r}; give the evaluation set another name"
+                        )
                     logprobs[sample] = scores[i][batch.loss_mask[i]].clone()
         cache = cls(logprobs)
         cache._write(path, _made_from(datasets, fingerprint))

@@ -69,7 +69,9 @@ class RewardSum:
                 add_part(r, part.name, value, weight=part.weight, missing=part.missing)
                 for r, value in zip(scored, part.score(scored), strict=True)
             ]
-        self.stats = reward_metrics(scored, [part.name for part in self._parts], self._rules.stats if self._rules else {})
+        self.stats = reward_metrics(
+            scored, [part.name for part in self._parts], self._rules.stats if self._rules else {}
+        )
         for part in self._parts:
             self.stats |= part.stats()
         stop_if_too_many_missing(scored)
@@ -81,7 +83,9 @@ def add_part(rollout: Rollout, name: str, value: float, *, weight: float, missin
     it so, for the reason `missing`."""
     if not math.isfinite(value):
         error = f"{name} gave {value}" + (f": {missing}" if missing else "")
-        return rollout.replace(reward=None, reward_error="; ".join(filter(None, (rollout.reward_error, error))))
+        return rollout.replace(
+            reward=None, reward_error="; ".join(filter(None, (rollout.reward_error, error)))
+        )
     parts = {**rollout.reward_parts, name: value}
     if rollout.reward is None:
         return rollout.replace(reward_parts=parts)
@@ -115,6 +119,10 @@ def shorten(rollouts: Sequence[Rollout], recipe: Recipe) -> list[Rollout]:
     if not a.overlong_buffer:
         return list(rollouts)
     penalties = [
-        overlong_penalty(len(r.response_ids), max_tokens=longest, overlong_buffer=a.overlong_buffer) for r in rollouts
+        overlong_penalty(len(r.response_ids), max_tokens=longest, overlong_buffer=a.overlong_buffer)
+        for r in rollouts
     ]
-    return [add_part(r, OVERLONG_PART, p, weight=a.overlong_penalty) for r, p in zip(rollouts, penalties, strict=True)]
+    return [
+        add_part(r, OVERLONG_PART, p, weight=a.overlong_penalty)
+        for r, p in zip(rollouts, penalties, strict=True)
+    ]

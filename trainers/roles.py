@@ -49,7 +49,9 @@ def _share_out(batch: Batch, processes: int, max_tokens: int) -> list[list[list[
     """Which rows each process takes in each micro-batch; the two rows of a preference pair stay together."""
     pairs = batch.labels is not None and batch.group_ids is not None
     units = batch.group_ids.tolist() if pairs else None
-    return plan_micro_batches(batch.lengths.tolist(), num_processes=processes, max_tokens=max_tokens, units=units)
+    return plan_micro_batches(
+        batch.lengths.tolist(), num_processes=processes, max_tokens=max_tokens, units=units
+    )
 
 
 def _score(group: Any, method: str, batch: Batch, max_tokens: int, *args: Any) -> torch.Tensor:
@@ -129,7 +131,9 @@ def _update(
     for batch, loss in parts:
         for share, micros in zip(shares, _share_out(batch, group.size, max_tokens), strict=True):
             share.extend((batch.select(rows), loss) for rows in micros)
-    return group.call_each("update", [(role, share, dict(changing)) for share in shares])[0]  # sums are global
+    return group.call_each("update", [(role, share, dict(changing)) for share in shares])[
+        0
+    ]  # sums are global
 
 
 class Reference:
@@ -201,7 +205,9 @@ class Teacher:
 class Sampler:
     """The rollout engines, one in each process of their group."""
 
-    def __init__(self, group: Any, clock: Clock, *, seed: int, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self, group: Any, clock: Clock, *, seed: int, decode: Callable[[Sequence[int]], str]
+    ) -> None:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
 
     def generate(

@@ -91,7 +91,9 @@ class Stage:
     ptx_data: Any = None
     prompt_data: Any = None  # prompts of a method whose data is something else
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the data's answers by prompt id
-    identity: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # what it was started with; in checkpoints
+    identity: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # what it was started with; in checkpoints
     export: Callable[[Path], None] = lambda folder: None  # writes the model as it is now
     evaluated: bool = False  # the model that it starts from was evaluated at the end of an earlier stage
     should_stop: Callable[[], bool] = lambda: False
@@ -136,7 +138,9 @@ class Stage:
             if last or stop or (step + 1) % self.recipe.run.save_every == 0:
                 self._save()
             if stop:
-                raise Preempted(f"stopped after step {self.offset + step + 1} of stage {self.name!r}; state saved")
+                raise Preempted(
+                    f"stopped after step {self.offset + step + 1} of stage {self.name!r}; state saved"
+                )
 
     def _announce(self, step: int) -> None:
         """Tell the fault points of every process which step this is, if any is to fail."""
@@ -210,7 +214,9 @@ class Stage:
         """
         trainer, algorithm = self.recipe.trainer, self.policy_settings
         one_update = trainer.minibatches_per_step * trainer.passes_per_step == 1
-        needs_old = not one_update or algorithm.covariance != "none" or (algorithm.kl_in_reward and algorithm.kl_coef)
+        needs_old = (
+            not one_update or algorithm.covariance != "none" or (algorithm.kl_in_reward and algorithm.kl_coef)
+        )
         if self.recipe.shares_trunk:
             old_logprobs, values = self.actor.score_with_values(batch)
             batch = batch.replace(old_logprobs=old_logprobs, values=values)
@@ -328,7 +334,10 @@ class Stage:
             return
         with self.clock.phase("publish"):
             report = publish(
-                self.actor.group, self.sampler.group, version=self.progress.version, runtime=self.recipe.runtime
+                self.actor.group,
+                self.sampler.group,
+                version=self.progress.version,
+                runtime=self.recipe.runtime,
             )
         self._published = self.progress.version
         self._timings["perf/published_bytes"] = float(report.bytes)
@@ -343,7 +352,11 @@ class Stage:
             if source is not target:
                 target.call("before_mix")
                 publish(
-                    source, target, version=self.progress.version, runtime=self.recipe.runtime, role="reference"
+                    source,
+                    target,
+                    version=self.progress.version,
+                    runtime=self.recipe.runtime,
+                    role="reference",
                 )
             target.call("mix_reference", config.update_mix, beside_actor=source is target)
 
@@ -451,7 +464,9 @@ class Stage:
         if metric is None or not siblings:  # its set was not evaluated now
             return
         if metric not in siblings:
-            raise ValueError(f"evaluation.keep_best={metric!r} is no metric of its set; there are {', '.join(siblings)}")
+            raise ValueError(
+                f"evaluation.keep_best={metric!r} is no metric of its set; there are {', '.join(siblings)}"
+            )
         value = self._metrics[metric]
         if self.progress.best is None or value > self.progress.best:
             self.progress.best = value
@@ -464,7 +479,9 @@ class Stage:
             if tokens and seconds:
                 timings[f"perf/{kind}_tokens_per_s"] = tokens / seconds
         if self._metrics:
-            self.tracker.log(self.offset + self.progress.step, self.name, self._metrics, timings | self._timings)
+            self.tracker.log(
+                self.offset + self.progress.step, self.name, self._metrics, timings | self._timings
+            )
         self._metrics, self._timings = {}, {}
 
     def _save(self) -> None:

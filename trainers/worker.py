@@ -84,7 +84,9 @@ class Worker(WeightMethods):
     def _make_actor(self) -> None:
         recipe = self.recipe
         scores = recipe.method in SCORING_MODELS
-        model = self._scalar(recipe.model, head="new", trainable=True) if scores else self._causal(trainable=True)
+        model = (
+            self._scalar(recipe.model, head="new", trainable=True) if scores else self._causal(trainable=True)
+        )
         if recipe.shares_trunk:
             add_value_head(model, recipe.model.path)
         actor = self._trained["actor"] = self._training(model, recipe.trainer)
@@ -92,7 +94,9 @@ class Worker(WeightMethods):
         self._source = WeightSource(
             self._policy_weights,
             rank=self.info.rank,
-            named_trained=(lambda: self._policy_weights(trained_only=True)) if actor.has_frozen_weights else None,
+            named_trained=(lambda: self._policy_weights(trained_only=True))
+            if actor.has_frozen_weights
+            else None,
         )
 
     def _policy_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,7 +110,13 @@ class Worker(WeightMethods):
         path = recipe.critic.path or (recipe.reward_model.path if recipe.reward_model else None)
         config = _other_model(recipe.model, path)
         head = "load" if path is not None and is_scalar_model(config) else "zero"
-        own = {"lr": recipe.critic.lr, "freeze": [], "layer_lr_decay": None, "ema_decay": None, "neftune_alpha": None}
+        own = {
+            "lr": recipe.critic.lr,
+            "freeze": [],
+            "layer_lr_decay": None,
+            "ema_decay": None,
+            "neftune_alpha": None,
+        }
         model = self._scalar(config, head=head, trainable=True)
         self._trained["critic"] = self._training(model, recipe.trainer.model_copy(update=own))
 
@@ -114,14 +124,20 @@ class Worker(WeightMethods):
         """With LoRA beside the actor, and where it stays as it is: the actor with its adapters switched off."""
         recipe = self.recipe
         apart = recipe.reference.path is not None or recipe.reference.update_every is not None
-        if recipe.model.lora is not None and not apart and self.actor is not None and self.actor.weights_are_whole:
+        if (
+            recipe.model.lora is not None
+            and not apart
+            and self.actor is not None
+            and self.actor.weights_are_whole
+        ):
             return
         if recipe.reference.path is not None:
             self._same_tokenizer(recipe.reference.path, "reference.path")
         moves = recipe.reference.update_every is not None
         model = self._causal(
             _other_model(recipe.model, recipe.reference.path),
-            trainable=moves and recipe.model.lora is not None,  # then it has the actor's adapters, to be updated
+            trainable=moves
+            and recipe.model.lora is not None,  # then it has the actor's adapters, to be updated
         )
         self._frozen["reference"] = model
         if moves:
@@ -130,7 +146,9 @@ class Worker(WeightMethods):
     def _make_reward(self) -> None:
         path = self.recipe.reward_model.path
         self._same_tokenizer(path, "reward_model.path")
-        self._frozen["reward"] = self._scalar(_other_model(self.recipe.model, path), head="load", trainable=False)
+        self._frozen["reward"] = self._scalar(
+            _other_model(self.recipe.model, path), head="load", trainable=False
+        )
 
     def _make_judge(self) -> None:
         """With the tokenizer in its own folder: it reads text, not the actor's tokens."""
@@ -314,7 +332,9 @@ class Worker(WeightMethods):
 
     def _logprobs(self, model: torch.nn.Module, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         temperature = self.recipe.policy_temperature
-        return self._each(micro_batches, lambda micro: batch_logprobs(model, micro, temperature=temperature)[0])
+        return self._each(
+            micro_batches, lambda micro: batch_logprobs(model, micro, temperature=temperature)[0]
+        )
 
     def _each(
         self, micro_batches: Sequence[Batch], score: Callable[[Batch], torch.Tensor]
@@ -337,7 +357,8 @@ class Worker(WeightMethods):
         `changing` holds what the policy loss takes from the step and not from the recipe."""
         micros = [micro.to(self.info.device) for micro, _ in parts]
         losses = [
-            loss_function(name, self.recipe, **(changing if name in POLICY_LOSSES else {})) for _, name in parts
+            loss_function(name, self.recipe, **(changing if name in POLICY_LOSSES else {}))
+            for _, name in parts
         ]
         return self._trained[role].update(micros, losses)
 

@@ -263,5 +263,10 @@ def _fault(task: str, problem: Mapping[str, Any], known: list[str]) -> Fault:
     return Fault((key,), f"{problem['input']!r} is not {rule(problem)}", did_you_mean(near, ""))
 
 
-ARGUMENTS: Mapping[str, type[ChainArithmetic | Coverage]] = {"chain_arithmetic": ChainArithmetic, "coverage": Coverage}
-TASKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {task: partial(make_rows, task) for task in ARGUMENTS}
+ARGUMENTS: Mapping[str, type[ChainArithmetic | Coverage]] = {
+    "chain_arithmetic": ChainArithmetic,
+    "coverage": Coverage,
+}
+TASKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {
+    task: partial(make_rows, task) for task in ARGUMENTS
+}

@@ -49,7 +49,9 @@ class Plan:
     source: str | None  # the recipe's path; None for a dictionary
 
 
-def load_plan(path: str | os.PathLike, overrides: Sequence[str] = (), *, look_up: LookUp | None = None) -> Plan:
+def load_plan(
+    path: str | os.PathLike, overrides: Sequence[str] = (), *, look_up: LookUp | None = None
+) -> Plan:
     """Read a recipe file and `key=value` overrides.
 
     An override sets its key: at the top level, or with `stages.NAME.` in one stage. Without `look_up` the recipe is
@@ -100,10 +102,14 @@ def _read_with_base(path: str | os.PathLike, problems: list[Problem], above: tup
         raise RecipeError([base.place.problem("is not the path of a recipe", "write `base: other.yaml`")])
     here = Path(path).resolve()
     if here in above:
-        raise RecipeError([base.place.problem(f"{base.value!r} leads back to this file", "remove one `base:`")])
+        raise RecipeError(
+            [base.place.problem(f"{base.value!r} leads back to this file", "remove one `base:`")]
+        )
     file = Path(path).parent / base.value
     if not file.is_file():
-        raise RecipeError([base.place.problem(f"there is no file {file}", "the path counts from this recipe's folder")])
+        raise RecipeError(
+            [base.place.problem(f"there is no file {file}", "the path counts from this recipe's folder")]
+        )
     return merge(_read_with_base(file, problems, (*above, here)), root)
 
 

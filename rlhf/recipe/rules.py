@@ -31,8 +31,12 @@ SCORING_MODELS = ("rm", "prm")  # what is trained gives scores, not text
 # Kinds of preference losses, by their names in rlhf.preference.
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 COUPLED = frozenset({"bco_pair", "aot", "aot_unpaired"})  # rows of the whole step
-PER_TOKEN = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo", "sft"})  # means over tokens: ld_alpha has no meaning
-OF_THE_GAP = frozenset({"dpo", "robust", "hinge", "exo_pair", "discopop"})  # of score_w - score_l alone: f-divergences
+PER_TOKEN = frozenset(
+    {"ipo", "sigmoid_norm", "simpo", "orpo", "sft"}
+)  # means over tokens: ld_alpha has no meaning
+OF_THE_GAP = frozenset(
+    {"dpo", "robust", "hinge", "exo_pair", "discopop"}
+)  # of score_w - score_l alone: f-divergences
 KL_IN_REWARD = ("rloo", "reinforce_pp")  # advantages whose papers take the KL off the reward
 _STAGE = "stage:"
 
@@ -99,7 +103,23 @@ def _needs_reference(recipe: Recipe) -> bool:
 
 def problems(recipe: Recipe) -> Iterator[Inconsistency]:
     """Everything that does not fit together."""
-    for rule in (_source, _evaluation, _reward, _judge, _groups_of_responses, _columns, _curriculum, _objective, _replay, _critic, _kl, _preference, _distill, _steps, _placement):
+    for rule in (
+        _source,
+        _evaluation,
+        _reward,
+        _judge,
+        _groups_of_responses,
+        _columns,
+        _curriculum,
+        _objective,
+        _replay,
+        _critic,
+        _kl,
+        _preference,
+        _distill,
+        _steps,
+        _placement,
+    ):
         yield from rule(recipe)
 
 
@@ -119,7 +139,10 @@ def _evaluation(r: Recipe) -> Iterator[Inconsistency]:
     best, sets = r.evaluation.keep_best, [*r.evaluation.sets, *r.evaluation.pairs]
     if best is not None and not any(best.startswith(f"eval/{name}/") for name in sets):
         known = ", ".join(f"eval/{name}/..." for name in sets) or "none: add evaluation.sets"
-        yield ("evaluation.keep_best", "evaluation.sets"), f"{best!r} is no metric of an evaluation set ({known})"
+        yield (
+            ("evaluation.keep_best", "evaluation.sets"),
+            f"{best!r} is no metric of an evaluation set ({known})",
+        )
     samples, ks = r.evaluation.samples, r.evaluation.ks or []
     if max(ks, default=1) > samples:
         message = f"pass@{max(ks)} needs {max(ks)} responses and there are {samples}; raise samples (two to four times k is usual)"
@@ -133,11 +156,20 @@ def _reward(r: Recipe) -> Iterator[Inconsistency]:
     if r.method in ("ppo", "grpo", "rejection") and not r.scored:
         yield ("reward", "method"), f"{r.method} needs at least one reward function, reward_model or judge"
     elif r.method == "online_dpo" and r.online.pairs == "best_worst" and not r.scored:
-        yield ("reward", "method", "online.pairs"), "online_dpo needs a reward to tell the best response from the worst"
+        yield (
+            ("reward", "method", "online.pairs"),
+            "online_dpo needs a reward to tell the best response from the worst",
+        )
     elif r.evaluation.sets and not r.scored:
-        yield ("reward", "evaluation.sets"), "evaluation needs at least one reward function, reward_model or judge"
+        yield (
+            ("reward", "evaluation.sets"),
+            "evaluation needs at least one reward function, reward_model or judge",
+        )
     if r.method in SCORING_MODELS and r.evaluation.sets:
-        yield ("evaluation.sets", "method"), f"{r.method} trains a model that gives scores, not text; use evaluation.pairs"
+        yield (
+            ("evaluation.sets", "method"),
+            f"{r.method} trains a model that gives scores, not text; use evaluation.pairs",
+        )
     if r.evaluation.pairs and r.method not in ("rm", "dpo", "sft", "kto"):
         yield ("evaluation.pairs", "method"), f"{r.method} has no score for pairs; use evaluation.sets"
 
@@ -160,7 +192,10 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
         message = f"group_size={size} gives every response zero advantage; use group_size >= 2"
         yield ("rollout.group_size", "method", "algorithm.advantage"), message
     if r.method == "online_dpo" and r.online.pairs == "best_worst" and size < 2:
-        yield ("rollout.group_size", "method"), f"group_size={size}: a pair needs two responses; use group_size >= 2"
+        yield (
+            ("rollout.group_size", "method"),
+            f"group_size={size}: a pair needs two responses; use group_size >= 2",
+        )
     if not r.online.train and r.method != "rejection":
         message = f"online.train: false only selects, which {r.method} does not; use method: rejection"
         yield ("online.train", "method"), message
@@ -168,7 +203,9 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
         message = f"keep_best={r.online.keep_best} of group_size={size} responses; keep at most as many as there are"
         yield ("online.keep_best", "rollout.group_size"), message
     if a.dynamic_sampling and (r.method != "grpo" or size < 2):
-        message = "dynamic_sampling drops groups whose rewards are all equal: it needs grpo and group_size >= 2"
+        message = (
+            "dynamic_sampling drops groups whose rewards are all equal: it needs grpo and group_size >= 2"
+        )
         yield ("algorithm.dynamic_sampling", "method", "rollout.group_size"), message
 
 
@@ -186,7 +223,10 @@ def _answer_columns(r: Recipe, data: DatasetConfig) -> Iterator[Inconsistency]:
         message = "sft needs the column with the answer to imitate, or messages_column"
         yield ("response_column", "method"), message
     if r.method == "sft" and data.response_column is not None and data.messages_column is not None:
-        yield ("messages_column",), f"both messages_column and response_column={data.response_column!r} are set; keep one"
+        yield (
+            ("messages_column",),
+            f"both messages_column and response_column={data.response_column!r} are set; keep one",
+        )
     if r.method == "kto" and data.response_column is None:
         yield ("response_column", "method"), "kto needs the column with the answer that label_column judges"
     if r.method == "distill" and r.distill.on_policy_frac < 1 and not answers:
@@ -214,7 +254,10 @@ def _objective(r: Recipe) -> Iterator[Inconsistency]:
         message = f"{a.objective} has one value per response: use sequence_mean (or constant_length)"
         yield ("algorithm.aggregation", "algorithm.objective"), message
     if r.method == "ppo" and r.algorithm.objective == "gspo":
-        yield ("algorithm.objective", "method"), "gspo has one advantage per response, ppo one per token; use ppo_clip"
+        yield (
+            ("algorithm.objective", "method"),
+            "gspo has one advantage per response, ppo one per token; use ppo_clip",
+        )
     if a.dual_clip is not None and a.dual_clip <= 1 + a.clip_high:
         message = f"dual_clip={a.dual_clip} is not above 1 + clip_high={1 + a.clip_high:g}; 3 is usual"
         yield ("algorithm.dual_clip", "algorithm.clip_high"), message
@@ -227,7 +270,11 @@ def _objective(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _critic(r: Recipe) -> Iterator[Inconsistency]:
-    own = {name: field.default for name, field in type(r.critic).model_fields.items() if name in ("path", "lr", "pretrain_steps")}
+    own = {
+        name: field.default
+        for name, field in type(r.critic).model_fields.items()
+        if name in ("path", "lr", "pretrain_steps")
+    }
     for name, default in own.items():
         value = getattr(r.critic, name)
         if r.shares_trunk and value != default:
@@ -240,7 +287,11 @@ def _replay(r: Recipe) -> Iterator[Inconsistency]:
     if a.replay is None:
         return
     if r.method != "grpo" or a.advantage == "remax":
-        what = "remax compares with the present policy's greedy answer" if r.method == "grpo" else f"{r.method} has no groups to replay"
+        what = (
+            "remax compares with the present policy's greedy answer"
+            if r.method == "grpo"
+            else f"{r.method} has no groups to replay"
+        )
         yield ("algorithm.replay", "method", "algorithm.advantage"), f"{what}; leave it out"
     elif a.correction == "none":
         message = "replayed groups were sampled by earlier weights: set a correction, for example tis"
@@ -253,7 +304,10 @@ def _kl(r: Recipe) -> Iterator[Inconsistency]:
         message = "k1 in the loss has zero expected gradient; use k2, k3 or k3_k2, or set kl_in_reward: true"
         yield ("algorithm.kl_estimator", "algorithm.kl_in_reward"), message
     if a.kl_target is not None and not a.kl_coef:
-        yield ("algorithm.kl_coef", "algorithm.kl_target"), "kl_target adapts kl_coef, which is 0; start it above 0"
+        yield (
+            ("algorithm.kl_coef", "algorithm.kl_target"),
+            "kl_target adapts kl_coef, which is 0; start it above 0",
+        )
     if r.reference.update_every is not None and "reference" not in roles(r):
         message = "there is no reference to update: this recipe compares with none"
         yield ("reference.update_every", "method", "algorithm.kl_coef", "preference.losses"), message
@@ -264,27 +318,45 @@ def _preference(r: Recipe) -> Iterator[Inconsistency]:
     names = set(p.losses) if r.method in ("dpo", "online_dpo") else set()
     others = ", ".join(sorted(names - OF_THE_GAP))
     if p.f_divergence != "reverse_kl" and others:
-        message = f"f_divergence={p.f_divergence} is defined for {', '.join(sorted(OF_THE_GAP))}, not for {others}"
+        message = (
+            f"f_divergence={p.f_divergence} is defined for {', '.join(sorted(OF_THE_GAP))}, not for {others}"
+        )
         yield ("preference.f_divergence", "preference.losses"), message
     per_token = ", ".join(sorted(names & PER_TOKEN))
     if p.ld_alpha < 1 and per_token:
-        message = f"ld_alpha={p.ld_alpha} weighs tokens of a sum; {per_token} average over tokens; use ld_alpha: 1"
+        message = (
+            f"ld_alpha={p.ld_alpha} weighs tokens of a sum; {per_token} average over tokens; use ld_alpha: 1"
+        )
         yield ("preference.ld_alpha", "preference.losses"), message
     coupled = sorted(names & COUPLED)
     if len(coupled) > 1:
-        yield ("preference.losses",), f"{' and '.join(coupled)} both couple the pairs of a step; keep one of them"
+        yield (
+            ("preference.losses",),
+            f"{' and '.join(coupled)} both couple the pairs of a step; keep one of them",
+        )
     if "exo_pair" in names and not p.label_smoothing:
-        message = "exo_pair is infinite without smoothing; set label_smoothing, for example 1e-3 as in its paper"
+        message = (
+            "exo_pair is infinite without smoothing; set label_smoothing, for example 1e-3 as in its paper"
+        )
         yield ("preference.label_smoothing", "preference.losses"), message
-    if r.method in ("dpo", "online_dpo") and r.model.build is None and r.reference.path == r.model.path is not None:
-        yield ("reference.path", "model.path"), "the reference is the actor's starting weights anyway; leave it out"
+    if (
+        r.method in ("dpo", "online_dpo")
+        and r.model.build is None
+        and r.reference.path == r.model.path is not None
+    ):
+        yield (
+            ("reference.path", "model.path"),
+            "the reference is the actor's starting weights anyway; leave it out",
+        )
 
 
 def _distill(r: Recipe) -> Iterator[Inconsistency]:
     if r.method == "distill" and r.teacher is None:
         yield ("teacher", "method"), "distill needs the model to imitate: set teacher.path"
     if r.method == "distill" and r.distill.divergence == "sampled_kl" and r.distill.on_policy_frac < 1:
-        message = "sampled_kl is a policy gradient on the student's own responses: set distill.on_policy_frac: 1"
+        message = (
+            "sampled_kl is a policy gradient on the student's own responses: set distill.on_policy_frac: 1"
+        )
         yield ("distill.on_policy_frac", "distill.divergence"), message
 
 

@@ -21,9 +21,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 Role = Literal["actor", "critic", "reference", "reward", "judge", "rollout", "teacher"]
-Method = Literal[
-    "sft", "rm", "prm", "ppo", "grpo", "dpo", "kto", "online_dpo", "rejection", "distill"
-]
+Method = Literal["sft", "rm", "prm", "ppo", "grpo", "dpo", "kto", "online_dpo", "rejection", "distill"]
 
 
 class Section(BaseModel):
@@ -379,12 +377,18 @@ class JudgeConfig(Section):
     @classmethod
     def _known_fields(cls, value: str) -> str:
         try:
-            fields = {text for _, text, spec, conversion in Formatter().parse(value) if text is not None and not (spec or conversion)}
+            fields = {
+                text
+                for _, text, spec, conversion in Formatter().parse(value)
+                if text is not None and not (spec or conversion)
+            }
         except ValueError as error:
             raise ValueError(f"{error}; write {{{{ and }}}} for braces that are meant") from None
         if fields not in ({"prompt", "response"}, {"prompt", "first", "second"}):
             found = ", ".join(sorted(fields)) or "nothing"
-            raise ValueError(f"it has {found} in braces; use {{prompt}} and {{response}}, or {{prompt}}, {{first}} and {{second}}")
+            raise ValueError(
+                f"it has {found} in braces; use {{prompt}} and {{response}}, or {{prompt}}, {{first}} and {{second}}"
+            )
         return value
 
 
@@ -409,8 +413,24 @@ class PreferenceConfig(Section):
 
     losses: dict[
         Literal[
-            "dpo", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-            "aot", "aot_unpaired", "discopop", "sigmoid_norm", "simpo", "cpo", "orpo", "sft",
+            "dpo",
+            "robust",
+            "ipo",
+            "hinge",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down",
+            "aot",
+            "aot_unpaired",
+            "discopop",
+            "sigmoid_norm",
+            "simpo",
+            "cpo",
+            "orpo",
+            "sft",
         ],
         Annotated[float, Field(allow_inf_nan=False)],
     ] = Field(default_factory=lambda: {"dpo": 1.0}, min_length=1)
@@ -504,7 +524,7 @@ class TrainerConfig(Section):
     passes_per_step: Positive = 1
     """Times one step's samples are visited (PPO epochs)."""
     lr: PositiveFloat = 1e-6
-    """Peak learning rate (adafactor: relative to a parameter's size)."""
+    """Peak learning rate."""
     schedule: Literal[
         "constant", "linear", "cosine", "polynomial", "inverse_sqrt", "wsd", "cosine_restarts"
     ] = "constant"

@@ -64,7 +64,10 @@ class Datasets:
     def named(self) -> dict[str, Any]:
         """All of them, by what a message calls them."""
         more = {"ptx set": self.ptx, "prompts": self.prompts if self.prompts is not self.train else None}
-        sets = {"training data": self.train, **{f"evaluation set {n!r}": d for n, d in self.eval_sets.items()}}
+        sets = {
+            "training data": self.train,
+            **{f"evaluation set {n!r}": d for n, d in self.eval_sets.items()},
+        }
         sets |= {f"evaluation set {n!r}": d for n, d in self.eval_pairs.items()}
         return sets | {name: dataset for name, dataset in more.items() if dataset is not None}
 
@@ -73,7 +76,9 @@ def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
     """The training set and all others, every row checked."""
     context = _context(recipe, objects)
 
-    def rows_of(config: DatasetConfig, name: str, load: Callable[..., Any], room: int, rows: Any = None) -> Any:
+    def rows_of(
+        config: DatasetConfig, name: str, load: Callable[..., Any], room: int, rows: Any = None
+    ) -> Any:
         return load(config, tokenizer, name=name, max_context=room, rows=rows)
 
     longest = recipe.evaluation.max_response_tokens
@@ -105,7 +110,9 @@ def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
     if recipe.method == "distill" and recipe.distill.on_policy_frac == 1:
         load = load_prompts
     if load is load_prompts or recipe.method == "distill" and recipe.distill.on_policy_frac > 0:
-        more["prompts"] = training_set(load_prompts, _room(context, recipe.rollout.max_response_tokens, "rollout"))
+        more["prompts"] = training_set(
+            load_prompts, _room(context, recipe.rollout.max_response_tokens, "rollout")
+        )
     train = more["prompts"] if load is load_prompts else training_set(load, context)
     if recipe.method == "online_dpo" and recipe.online.pairs == "gold":
         answers = training_set(load_sft, context)
@@ -131,14 +138,18 @@ def _room(context: int, response_tokens: int, section: str) -> int:
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sampling_params(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[SamplingParams, SamplingParams]:
+def sampling_params(
+    recipe: Recipe, tokenizer: Any, objects: Objects
+) -> tuple[SamplingParams, SamplingParams]:
     """Sampling for training and for evaluation, with the stop texts of the recipe as token ids."""
     r, e = recipe.rollout, recipe.evaluation
     stop_ids = [tokenizer.eos_token_id, *generation_stop_ids(recipe.model, objects.model)]
     for text in r.stop:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
-            raise ValueError(f"rollout.stop: {text!r} is {len(ids)} tokens; a stop must be one token of the vocabulary")
+            raise ValueError(
+                f"rollout.stop: {text!r} is {len(ids)} tokens; a stop must be one token of the vocabulary"
+            )
         stop_ids.append(ids[0])
     unique = tuple(dict.fromkeys(stop_ids))
     train = SamplingParams(
@@ -162,7 +173,9 @@ def sampling_params(recipe: Recipe, tokenizer: Any, objects: Objects) -> tuple[S
 def group_specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpec]:
     """The groups to launch; `updates` is the stage's number of optimiser steps."""
     groups = recipe.groups
-    if not recipe.placement and torch.cuda.is_available():  # one group with every role, on the GPU if there is one
+    if (
+        not recipe.placement and torch.cuda.is_available()
+    ):  # one group with every role, on the GPU if there is one
         groups = {name: group.model_copy(update={"gpus": 1}) for name, group in groups.items()}
     processes = sum(g.num_processes for g in groups.values()) if recipe.runtime.backend == "ray" else 1
     threads = recipe.runtime.threads or max(1, (os.cpu_count() or 1) // processes)
@@ -187,7 +200,9 @@ def group_specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpe
     ]
 
 
-def make_roles(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, objects: Objects) -> dict[str, Any]:
+def make_roles(
+    recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, objects: Objects
+) -> dict[str, Any]:
     """The roles that the recipe has, by their names in `Stage`, and the scorer of its rewards."""
     micro, needed = recipe.trainer.micro_batch_tokens, recipe.roles
 
@@ -202,7 +217,9 @@ def make_roles(recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, obj
         sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
     scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
     reward_model, judge = role("reward", RewardModel), role("judge", JudgeModel)
-    parts = [] if reward_model is None else [reward_model_part(reward_model, weight=recipe.reward_model.weight)]
+    parts = (
+        [] if reward_model is None else [reward_model_part(reward_model, weight=recipe.reward_model.weight)]
+    )
     parts += [] if judge is None else [judge_part(recipe.judge, judge)]
     if parts:
         scorer = RewardSum(scorer, parts)

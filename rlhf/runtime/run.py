@@ -103,7 +103,9 @@ def run_plan(plan: Plan, *, fresh: bool = False) -> int:
         return EXIT_ERROR
 
 
-def train_plan(plan: Plan, *, objects: Objects | None = None, fresh: bool = False, console: Console | None = None) -> Path:
+def train_plan(
+    plan: Plan, *, objects: Objects | None = None, fresh: bool = False, console: Console | None = None
+) -> Path:
     """Run every stage that is not finished and return the folder of the last stage's model.
 
     With `fresh`, an earlier run of this name is moved aside first, never deleted. Raises whatever stopped the run, after
@@ -116,7 +118,9 @@ def train_plan(plan: Plan, *, objects: Objects | None = None, fresh: bool = Fals
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the run directory {run_dir} cannot be made: {error.strerror}; set run.output_dir") from error
+        raise ValueError(
+            f"the run directory {run_dir} cannot be made: {error.strerror}; set run.output_dir"
+        ) from error
     with run_lock(run_dir), _SigtermFlag() as asked_to_stop:
         _run_stages(plan, run_dir, objects or Objects(), console, asked_to_stop)
     return run_dir / "model"
@@ -143,7 +147,9 @@ def _run_stages(
         steps = json.loads((run_dir / "stages" / done.name / "finished.json").read_text())["steps"]
         spans.append((done, offset + 1, offset + steps))
         offset += steps
-    checkpoint = find_checkpoint(run_dir / "stages" / remaining[0].name / "checkpoints") if remaining else None
+    checkpoint = (
+        find_checkpoint(run_dir / "stages" / remaining[0].name / "checkpoints") if remaining else None
+    )
     reached = offset + (checkpoint.meta["progress"]["step"] if checkpoint else 0)
     tracker = Tracker(
         run_dir,
@@ -162,7 +168,9 @@ def _run_stages(
                 raise Preempted(f"stopped before stage {stage_plan.name!r}")
             folder = run_dir / "stages" / stage_plan.name
             model_dir = run_dir / "model" if stage_plan is remaining[-1] else folder / "model"
-            goes_on = start_stage([s.name for s in plan.stages].index(stage_plan.name), plan.stages) is not None
+            goes_on = (
+                start_stage([s.name for s in plan.stages].index(stage_plan.name), plan.stages) is not None
+            )
             offset += _run_stage(
                 stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop, goes_on
             )
@@ -193,7 +201,9 @@ def _run_stage(
     data = load_datasets(recipe, tokenizer, objects)
     sampling, eval_sampling = sampling_params(recipe, tokenizer, objects)
     rows_per_step = trainer.prompts_per_step
-    total_steps = trainer.steps or num_steps(len(data.train), epochs=trainer.epochs, rows_per_step=rows_per_step)
+    total_steps = trainer.steps or num_steps(
+        len(data.train), epochs=trainer.epochs, rows_per_step=rows_per_step
+    )
     updates = total_steps * trainer.minibatches_per_step * trainer.passes_per_step
     tracker.begin_stage(
         plan.name, method=recipe.method, first_step=offset + 1, last_step=offset + total_steps
@@ -260,7 +270,9 @@ def _others_identity(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Of the models beside the one that is trained."""
     sections = {name: getattr(recipe, name) for name in MODEL_SECTIONS if name != "model"}
     return {
-        name.replace("_", " "): model_identity(ModelConfig(path=section.path), seed=recipe.run.seed, model=None)
+        name.replace("_", " "): model_identity(
+            ModelConfig(path=section.path), seed=recipe.run.seed, model=None
+        )
         for name, section in sections.items()
         if section is not None and section.path is not None
     }
@@ -278,7 +290,9 @@ def _report_exactness(recipe: Recipe, described: Sequence[Mapping[str, Any]], tr
     reports = [d["exactness"] for d in described if "exactness" in d]
     one_kind = len({d["device"] for d in described}) == 1
     exact = recipe.runtime.deterministic and bool(reports) and one_kind and all(r.exact for r in reports)
-    tracker.add_facts({"parameters": f"{parameters:,}", "log-probs of engine and trainer bitwise equal": exact})
+    tracker.add_facts(
+        {"parameters": f"{parameters:,}", "log-probs of engine and trainer bitwise equal": exact}
+    )
     if recipe.runtime.deterministic and reports and not exact:
         worst = max(r.max_abs_diff for r in reports)
         tracker.warn(

@@ -41,7 +41,9 @@ TINY = {
     "reward": [{"function": "gsm8k"}, {"function": "format", "weight": 0.1, "args": {"pattern": "#"}}],
     "evaluation": {
         "every": 3,
-        "sets": {"sums": {"task": "chain_arithmetic", "task_args": {"split": "eval", "count": 20, "terms": 3}}},
+        "sets": {
+            "sums": {"task": "chain_arithmetic", "task_args": {"split": "eval", "count": 20, "terms": 3}}
+        },
     },
     "rollout": {"group_size": 4, "max_response_tokens": 12, "page_tokens": 16},
     "runtime": {"threads": 1},
@@ -54,7 +56,13 @@ TINY = {
         "grpo": {
             "method": "grpo",
             "algorithm": {"kl_coef": 0.01},
-            "trainer": {"steps": 6, "prompts_per_step": 4, "lr": 1e-3, "zero_stage": 2, "micro_batch_tokens": 128},
+            "trainer": {
+                "steps": 6,
+                "prompts_per_step": 4,
+                "lr": 1e-3,
+                "zero_stage": 2,
+                "micro_batch_tokens": 128,
+            },
         },
     },
 }
@@ -85,7 +93,13 @@ def trainer_in(folder: Path):
         variables = {"PYTHONPATH": str(ROOT), "RLHF_FAULTS": faults, "WANDB_MODE": "offline", **(env or {})}
         command = [sys.executable, "-m", "rlhf.cli", "train", str(path), f"run.name={name}", *overrides]
         done = subprocess.run(
-            command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=folder,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         return done, folder / "runs" / name
 

@@ -19,16 +19,25 @@ DATA = ROOT.parent / "shared" / "data" / "gsm8k"
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the GSM8K files are not at {DATA}")
 def test_recipe_runs_on_gsm8k_with_a_model_from_disk(tmp_path):
     """Would catch: a recipe whose columns, template, reward or placement do not fit the data or a saved model."""
-    tokenizer = build_tokenizer(BuildTokenizerConfig(kind="bpe", vocab_size=512, train_on=str(DATA / "test.jsonl")))
+    tokenizer = build_tokenizer(
+        BuildTokenizerConfig(kind="bpe", vocab_size=512, train_on=str(DATA / "test.jsonl"))
+    )
     config = TINY["model"]["build"]["config"] | {"max_position_embeddings": 768}
-    model = build_model(BuildModelConfig(model_type="qwen3", config=config), tokenizer, dtype="bfloat16", seed=0)
+    model = build_model(
+        BuildModelConfig(model_type="qwen3", config=config), tokenizer, dtype="bfloat16", seed=0
+    )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     eval_set = "evaluation.sets.gsm8k"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "recipes" / "gsm8k_grpo.yaml")),
-            *(f"model.path={tmp_path / 'model'}", "placement.all.gpus=0", "runtime.threads=1", "tracking.wandb=off"),
+            *(
+                f"model.path={tmp_path / 'model'}",
+                "placement.all.gpus=0",
+                "runtime.threads=1",
+                "tracking.wandb=off",
+            ),
             *(f"data.path={DATA / 'train.jsonl'}", "data.subset=null", "data.split=null", "data.limit=64"),
             *(f"{eval_set}.path={DATA / 'test.jsonl'}", f"{eval_set}.subset=null", f"{eval_set}.split=null"),
             *(f"{eval_set}.limit=8", "trainer.epochs=null", "trainer.steps=2", "trainer.prompts_per_step=4"),

@@ -22,7 +22,11 @@ from tests.e2e.running import ROOT, TINY, merged, records
 HELD_OUT = {"task": "chain_arithmetic", "task_args": {"split": "eval", "count": 20, "terms": 3}}
 
 METHODS = {
-    "sft": {"method": "sft", "data": {"response_column": "response"}, "evaluation": {"pairs": {"held": HELD_OUT}}},
+    "sft": {
+        "method": "sft",
+        "data": {"response_column": "response"},
+        "evaluation": {"pairs": {"held": HELD_OUT}},
+    },
     "rm": {"method": "rm", "evaluation": {"sets": {}, "pairs": {"held": HELD_OUT}}},
     "prm": {"method": "prm", "evaluation": {"sets": {}}, "data": {"step_separator": ""}},
     "dpo": {"method": "dpo"},
@@ -30,8 +34,15 @@ METHODS = {
     "aot": {"method": "dpo", "preference": {"losses": {"aot": 1.0}}},
     "simpo": {"method": "dpo", "preference": {"losses": {"simpo": 1.0}, "beta": 2.0}},
     "wpo": {"method": "dpo", "preference": {"wpo": True}},
-    "kto": {"method": "kto", "data": {"response_column": "judged"}, "evaluation": {"pairs": {"held": HELD_OUT}}},
-    "online_dpo": {"method": "online_dpo", "reward": [{"function": "gsm8k"}, {"function": "format", "args": {"pattern": "1"}}]},
+    "kto": {
+        "method": "kto",
+        "data": {"response_column": "judged"},
+        "evaluation": {"pairs": {"held": HELD_OUT}},
+    },
+    "online_dpo": {
+        "method": "online_dpo",
+        "reward": [{"function": "gsm8k"}, {"function": "format", "args": {"pattern": "1"}}],
+    },
     "spin": {"method": "online_dpo", "online": {"pairs": "gold"}, "data": {"response_column": "response"}},
     "rejection": {"method": "rejection"},
     "best_of_n": {"method": "rejection", "online": {"train": False}},
@@ -45,8 +56,19 @@ METHODS = {
             "overlong_buffer": 4,
         },
     },
-    "gspo": {"method": "grpo", "algorithm": {"objective": "gspo", "aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4}},
-    "reinforce_pp": {"method": "grpo", "algorithm": {"advantage": "reinforce_pp", "kl_coef": 0.01, "kl_estimator": "k1"}},
+    "gspo": {
+        "method": "grpo",
+        "algorithm": {
+            "objective": "gspo",
+            "aggregation": "sequence_mean",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+        },
+    },
+    "reinforce_pp": {
+        "method": "grpo",
+        "algorithm": {"advantage": "reinforce_pp", "kl_coef": 0.01, "kl_estimator": "k1"},
+    },
     "curriculum": {
         "method": "grpo",
         "curriculum": {"kind": "variance", "revisit": 0.3, "correct_above": 0.05},
@@ -62,24 +84,51 @@ METHODS = {
     "several_k": {"method": "grpo", "evaluation": {"samples": 4, "ks": [2, 3], "temperature": 1.0}},
     "remax": {"method": "grpo", "algorithm": {"advantage": "remax"}, "rollout": {"group_size": 1}},
     "kl_cov": {"method": "grpo", "algorithm": {"covariance": "kl_cov", "cov_frac": 0.05}},
-    "adaptive": {"method": "grpo", "algorithm": {"kl_coef": 0.05, "kl_target": 0.1, "correction": "tis"}, "reference": {"update_every": 2}},
-    "ppo": {"method": "ppo", "algorithm": {"kl_coef": 0.01, "kl_estimator": "k1"}, "critic": {"lr": 1e-3, "pretrain_steps": 1}},
+    "adaptive": {
+        "method": "grpo",
+        "algorithm": {"kl_coef": 0.05, "kl_target": 0.1, "correction": "tis"},
+        "reference": {"update_every": 2},
+    },
+    "ppo": {
+        "method": "ppo",
+        "algorithm": {"kl_coef": 0.01, "kl_estimator": "k1"},
+        "critic": {"lr": 1e-3, "pretrain_steps": 1},
+    },
     "shared_critic": {
         "method": "ppo",
         "algorithm": {"kl_coef": 0.01, "kl_estimator": "k1", "ptx_coef": 0.1},
         "critic": {"shared": True},
         "trainer": {"minibatches_per_step": 2, "zero_stage": 2},
-        "ptx": {"data": {"task": "chain_arithmetic", "task_args": {"count": 50, "terms": 3}, "response_column": "response"}, "rows_per_step": 4},
+        "ptx": {
+            "data": {
+                "task": "chain_arithmetic",
+                "task_args": {"count": 50, "terms": 3},
+                "response_column": "response",
+            },
+            "rows_per_step": 4,
+        },
     },
     "vapo": {
         "method": "ppo",
-        "algorithm": {"critic_lam": 1.0, "length_adaptive_lam": 0.05, "positive_nll_coef": 0.1, "aggregation": "token_mean"},
+        "algorithm": {
+            "critic_lam": 1.0,
+            "length_adaptive_lam": 0.05,
+            "positive_nll_coef": 0.1,
+            "aggregation": "token_mean",
+        },
         "critic": {"lr": 1e-3},
     },
     "ptx": {
         "method": "ppo",
         "algorithm": {"ptx_coef": 0.1},
-        "ptx": {"data": {"task": "chain_arithmetic", "task_args": {"count": 50, "terms": 3}, "response_column": "response"}, "rows_per_step": 4},
+        "ptx": {
+            "data": {
+                "task": "chain_arithmetic",
+                "task_args": {"count": 50, "terms": 3},
+                "response_column": "response",
+            },
+            "rows_per_step": 4,
+        },
     },
 }
 
@@ -98,7 +147,13 @@ def recipe_for(changes: dict) -> dict:
     recipe = copy.deepcopy(TINY)
     recipe.pop("stages")
     recipe["data"].pop("response_column")
-    recipe["trainer"] = {"steps": 4, "prompts_per_step": 8, "lr": 1e-3, "zero_stage": 0, "micro_batch_tokens": 128}
+    recipe["trainer"] = {
+        "steps": 4,
+        "prompts_per_step": 8,
+        "lr": 1e-3,
+        "zero_stage": 0,
+        "micro_batch_tokens": 128,
+    }
     return merged(recipe, changes)
 
 
@@ -138,17 +193,31 @@ def test_method_runs_and_its_numbers_are_finite(run, name):
 def test_a_student_comes_nearer_to_its_teacher(run, teacher, name):
     """Would catch: a distance to something else than the teacher, gradients that point away from it, top-k tokens that
     are not the teacher's, steps on the student's own responses that learn from the data's."""
-    distill = {"method": "distill", "teacher": {"path": teacher}, "distill": DISTILL[name], "data": {"response_column": "response"}}
-    recipe = merged(recipe_for(distill), {"trainer": {"steps": 24, "lr": 1e-2}, "evaluation": {"every": 12}, "rollout": {"group_size": 8}})
+    distill = {
+        "method": "distill",
+        "teacher": {"path": teacher},
+        "distill": DISTILL[name],
+        "data": {"response_column": "response"},
+    }
+    recipe = merged(
+        recipe_for(distill),
+        {"trainer": {"steps": 24, "lr": 1e-2}, "evaluation": {"every": 12}, "rollout": {"group_size": 8}},
+    )
     run_dir = run(recipe)
     steps = checked_steps(run_dir, steps=24)
     own = [r for r in steps if "rollout/response_tokens_mean" in r]
-    assert len(own) == 24 * DISTILL[name].get("on_policy_frac", 0) or 6 <= len(own) <= 18 and name == "half_on_policy"
+    assert (
+        len(own) == 24 * DISTILL[name].get("on_policy_frac", 0)
+        or 6 <= len(own) <= 18
+        and name == "half_on_policy"
+    )
     assert all(r["mismatch/logprob_abs_max"] == 0.0 for r in own if name == "sampled_kl")
     assert not any("reward/mean" in r or r["rollout/masked_frac"] for r in own)  # nothing here needs a reward
     distance = [r["distill/divergence"] for r in steps]
     assert 0 < mean(distance[-4:]) < 0.6 * mean(distance[:4]), distance
-    start = build_model(BuildModelConfig(**TINY["model"]["build"]), tiny_tokenizer(), seed=TINY["run"]["seed"])
+    start = build_model(
+        BuildModelConfig(**TINY["model"]["build"]), tiny_tokenizer(), seed=TINY["run"]["seed"]
+    )
     end = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     before, after = (apart(AutoModelForCausalLM.from_pretrained(teacher), model) for model in (start, end))
     assert after < 0.75 * before, (before, after)
@@ -160,7 +229,9 @@ def tiny_tokenizer():
 
 def apart(teacher, student) -> float:
     """Mean total variation distance of the two models' next tokens in worked answers, by transformers alone."""
-    texts = [row["prompt"] + row["response"] for row in make_rows("chain_arithmetic", **HELD_OUT["task_args"])]
+    texts = [
+        row["prompt"] + row["response"] for row in make_rows("chain_arithmetic", **HELD_OUT["task_args"])
+    ]
     distances = []
     for text in texts:
         ids = tiny_tokenizer()(text, return_tensors="pt", add_special_tokens=False).input_ids
@@ -193,7 +264,9 @@ def documented(metrics: set[str]) -> set[str]:
             if "/" in name:
                 prefix = name.rpartition("/")[0]
             full = name if "/" in name else f"{prefix}/{name}"
-            pattern = re.escape(full).replace("<set>", "[^/]+").replace("<part>", "[^/]+").replace("@k", r"@\d+")
+            pattern = (
+                re.escape(full).replace("<set>", "[^/]+").replace("<part>", "[^/]+").replace("@k", r"@\d+")
+            )
             patterns.append(re.compile(pattern))
     return {metric for metric in metrics if any(pattern.fullmatch(metric) for pattern in patterns)}
 

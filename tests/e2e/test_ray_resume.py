@@ -18,7 +18,11 @@ from tests.e2e.running import assert_same_run
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 GONE_S = 30.0
-PLACEMENT = {"train": {"roles": ["actor"]}, "reference": {"roles": ["reference"]}, "sample": {"roles": ["rollout"]}}
+PLACEMENT = {
+    "train": {"roles": ["actor"]},
+    "reference": {"roles": ["reference"]},
+    "sample": {"roles": ["rollout"]},
+}
 
 
 class Traces:

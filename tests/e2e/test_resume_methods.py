@@ -45,7 +45,13 @@ CASES: dict[str, tuple[dict, str]] = {
         {
             "method": "ppo",
             "reward": NUMBERS,
-            "algorithm": {"kl_coef": 0.05, "kl_target": 0.1, "kl_horizon": 50.0, "ptx_coef": 0.1, "early_stop_kl": 0.05},
+            "algorithm": {
+                "kl_coef": 0.05,
+                "kl_target": 0.1,
+                "kl_horizon": 50.0,
+                "ptx_coef": 0.1,
+                "early_stop_kl": 0.05,
+            },
             "reference": {"update_every": 1, "update_mix": 0.6},
             "critic": {"lr": 1e-2, "pretrain_steps": 1},
             "ptx": {"data": TASK | {"response_column": "response"}, "rows_per_step": 2},
@@ -86,11 +92,21 @@ CASES: dict[str, tuple[dict, str]] = {
         "optimizer.before@3 stage.export@6",
     ),
     "online_dpo": (
-        {"method": "online_dpo", "reward": NUMBERS, "rollout": {"group_size": 4}, "reference": {"update_every": 3}},
+        {
+            "method": "online_dpo",
+            "reward": NUMBERS,
+            "rollout": {"group_size": 4},
+            "reference": {"update_every": 3},
+        },
         "rollout.mid@4 publish.mid@6",
     ),
     "rejection": (
-        {"method": "rejection", "reward": NUMBERS, "rollout": {"group_size": 4}, "online": {"min_reward": 0.5}},
+        {
+            "method": "rejection",
+            "reward": NUMBERS,
+            "rollout": {"group_size": 4},
+            "online": {"min_reward": 0.0},
+        },
         "optimizer.after@3 track@5",
     ),
     "distill": (
@@ -138,7 +154,9 @@ def start(tmp_path) -> Start:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_again_and_again_is_the_uninterrupted_run(start: Start, teacher: str, tmp_path: Path, name: str):
+def test_killed_again_and_again_is_the_uninterrupted_run(
+    start: Start, teacher: str, tmp_path: Path, name: str
+):
     """Would catch: state that a checkpoint forgets (a moving reference, a critic, an average, the KL's weight, a
     position, a count), a reference computed from an actor that has moved, a draw from a stream, records lost or doubled."""
     changes, faults = CASES[name]
@@ -153,7 +171,9 @@ def test_killed_again_and_again_is_the_uninterrupted_run(start: Start, teacher: 
     status, killed = start(recipe, "killed")
     assert status == 0, (tmp_path / "killed.log").read_text()
     assert (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text()
-    exact = [path.relative_to(whole) for pattern in ("*.safetensors", "s*.jsonl") for path in whole.rglob(pattern)]
+    exact = [
+        path.relative_to(whole) for pattern in ("*.safetensors", "s*.jsonl") for path in whole.rglob(pattern)
+    ]
     assert any(path.parent.name == "step-00000006" for path in exact)
     differing = [str(path) for path in exact if digest(whole / path) != digest(killed / path)]
     assert not differing

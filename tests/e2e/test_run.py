@@ -23,7 +23,14 @@ def test_run_leaves_everything_behind(tiny, train):
     assert steps == [("warmup", s) for s in range(5)] + [("grpo", s) for s in range(5, 11)]
     first, last = records(run_dir)[0], records(run_dir)[-1]
     assert "eval/sums/pass@1" in first and "eval/sums/pass@1" in last
-    for name in ("reward/mean", "reward/gsm8k/mean", "policy/loss", "policy/grad_norm", "policy/kl_ref", "rollout/response_tokens_mean"):
+    for name in (
+        "reward/mean",
+        "reward/gsm8k/mean",
+        "policy/loss",
+        "policy/grad_norm",
+        "policy/kl_ref",
+        "rollout/response_tokens_mean",
+    ):
         assert math.isfinite(last[name]), name
     assert last["mismatch/logprob_abs_max"] == 0.0  # the sampler's log-probs are the trainer's, bit for bit
     assert last["weights/version"] == 6
@@ -60,14 +67,21 @@ def test_sampler_and_trainer_agree_in_every_form(tiny, train, overrides):
     assert done.returncode == 0, done.stdout + done.stderr
     grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
     assert [r["mismatch/logprob_abs_max"] for r in grpo] == [0.0] * 6
-    assert grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]  # the policy moved, and away from the reference
+    assert (
+        grpo[0]["policy/kl_ref"] < grpo[-1]["policy/kl_ref"]
+    )  # the policy moved, and away from the reference
 
 
 # One run is killed at each of these, in order: (point, step).
 KILLED_AT = {
     "between": (
         *(("train.backward", 2), ("checkpoint.before_rename", 4), ("stage.export", 4), ("rollout.mid", 6)),
-        *(("checkpoint.after_rename", 8), ("track", 9), ("checkpoint.delete_old", 10), ("stage.finished", "*")),
+        *(
+            ("checkpoint.after_rename", 8),
+            ("track", 9),
+            ("checkpoint.delete_old", 10),
+            ("stage.finished", "*"),
+        ),
     ),
     "within a step": (
         *(("optimizer.before", 1), ("optimizer.after", 4), ("publish.mid", 5)),
@@ -130,7 +144,9 @@ def test_steps_without_a_token_to_learn_from_move_nothing(tiny, train):
     assert done.returncode == 0, done.stdout + done.stderr
     grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
     assert [r["robust/skipped_steps"] for r in grpo] == [1, 2, 3, 4, 5, 6]
-    assert [(r["rollout/masked_frac"], r["weights/version"], r["policy/grad_norm"]) for r in grpo] == [(1, 0, 0)] * 6
+    assert [(r["rollout/masked_frac"], r["weights/version"], r["policy/grad_norm"]) for r in grpo] == [
+        (1, 0, 0)
+    ] * 6
     masked = {r["masked"] for r in records(run_dir, "samples.jsonl")}
     assert masked == {"the response did not end by itself (finish_reason='length')"}
     weights = [digest(run_dir / name / "model.safetensors") for name in ("model", "stages/warmup/model")]
@@ -161,7 +177,9 @@ def test_fresh_does_not_take_the_folder_of_a_live_run(tiny, tmp_path, monkeypatc
 def test_what_may_change_on_resume():
     """Would catch: a refused change of the cut of a batch, or an accepted one that changes the numbers."""
     before = "runtime: {deterministic: true, threads: 1}\ntrainer: {micro_batch_tokens: 8}\nstages: {a: {rollout: {page_tokens: 16}}}"
-    allowed = before.replace("micro_batch_tokens: 8", "micro_batch_tokens: 4").replace("page_tokens: 16", "page_tokens: 64")
+    allowed = before.replace("micro_batch_tokens: 8", "micro_batch_tokens: 4").replace(
+        "page_tokens: 16", "page_tokens: 64"
+    )
     assert changed_keys(before, allowed) == []
     assert changed_keys(before, before.replace("true", "false").replace("threads: 1", "threads: 2")) == [
         "runtime.deterministic: True -> False",
@@ -210,7 +228,10 @@ def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
     }
     odd = ["prompts_per_step=3", "minibatches_per_step=3", "micro_batch_tokens=20", "zero_stage=3"]
     done, run_dir = train(
-        spread, "rollout.group_size=3", "stages.grpo.model.lora.rank=4", *(f"stages.grpo.trainer.{o}" for o in odd)
+        spread,
+        "rollout.group_size=3",
+        "stages.grpo.model.lora.rank=4",
+        *(f"stages.grpo.trainer.{o}" for o in odd),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
@@ -222,7 +243,10 @@ def test_sharded_lora_actor_reaches_engines_of_their_own(tiny, train):
 def test_two_trainer_processes_give_the_same_curve(tiny, train, whole):
     """Would catch: a denominator or an average that depends on the number of processes."""
     two = tiny | {
-        "placement": {"train": {"roles": ["actor"], "processes": 2}, "rest": {"roles": ["reference", "rollout"]}},
+        "placement": {
+            "train": {"roles": ["actor"], "processes": 2},
+            "rest": {"roles": ["reference", "rollout"]},
+        },
         "runtime": {"backend": "ray", "threads": 1},
     }
     done, ray = train(two, name="two")

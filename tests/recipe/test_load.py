@@ -273,7 +273,7 @@ def test_a_mistake_does_not_breed_others(write):
         ("placement: {a: {roles: []}}", "[] is not a list of at least 1 entry"),
         (
             "placement: {a: {roles: [actr, rollout]}}",
-            "'actr' is not one of actor, critic, reference, reward, rollout, teacher",
+            "'actr' is not one of actor, critic, reference, reward, judge, rollout, teacher",
         ),
         ("placement: {a: {roles: [actor]}}", "no group holds rollout; add it to a group's roles"),
         (
