@@ -31,7 +31,8 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     """The result, and 1 / sqrt(mean(x^2) + eps) of each row."""
     with serial(x.numel()):
         wide = _wide(x)
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        total = wide.square().sum(-1, keepdim=True)
+        scale = total.div_(wide.shape[-1]).add_(eps).rsqrt_()
         normal = (wide * scale).to(x.dtype)
         return (normal.mul_(weight) if weight.dtype == x.dtype else normal * weight), scale
 
