@@ -8,9 +8,10 @@ stop token on both sides. The engine's time includes log-probs, which `generate`
 
     python benchmarks/rollout_vs_hf.py [--run runs/quickstart] [--runs 5] [--threads 2] [--out benchmarks/results]
 
-With --run, the model is the one that the finished quickstart's GRPO stage started from, the prompts are those of its
-first step and the settings its recipe's: some responses are a few tokens long and some thirty, as GRPO met them. Without,
-weights and prompts are random and about one token in 13 is a stop.
+With --run, the models are those of the finished quickstart's GRPO stage, before its first step and after its last, the
+prompts are those of the first and the settings the recipe's. Before, some responses are a few tokens long and some thirty,
+so that `generate` pads much; after, nearly all are thirty and it pads nothing. Without --run, weights and prompts are random
+and about one token in 13 is a stop.
 
 Prints one JSON object and one line for people; writes a file only with --out.
 """
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,24 +85,31 @@ def random_workload(num_prompts: int, samples: int) -> Workload:
     )
 
 
-def quickstart_workload(run_dir: Path) -> Workload:
-    """The first step of a finished quickstart's GRPO stage."""
+def quickstart_workloads(run_dir: Path) -> list[Workload]:
+    """The first step of a finished quickstart's GRPO stage, and the same prompts to the policy that the stage made."""
     plan = load_plan(run_dir / "recipe.yaml")
     warmup, grpo = plan.stages
     folder = run_dir / "stages" / warmup.name / "model"
-    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     recipe, rows = grpo.recipe, load_prompts(grpo.recipe.data, tokenizer, name="train", max_context=None)
     first = rows_from(len(rows), seed=recipe.run.seed, position=0, count=recipe.trainer.prompts_per_step)
-    return Workload(
-        "quickstart, first GRPO step",
-        stock,
-        [list(rows[i].token_ids) for i in first],
-        recipe.rollout.group_size,
-        stop_ids=(tokenizer.eos_token_id,),
-        min_tokens=0,
-        max_tokens=recipe.rollout.max_response_tokens,
-    )
+
+    def workload(name: str, folder: Path) -> Workload:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return Workload(
+            name,
+            load(folder, attn_implementation="sdpa").eval(),
+            [list(rows[i].token_ids) for i in first],
+            recipe.rollout.group_size,
+            stop_ids=(tokenizer.eos_token_id,),
+            min_tokens=0,
+            max_tokens=recipe.rollout.max_response_tokens,
+        )
+
+    return [
+        workload("quickstart, first GRPO step", folder),
+        workload("quickstart, after GRPO", run_dir / "model"),
+    ]
 
 
 def prepared_copy(stock: torch.nn.Module) -> torch.nn.Module:
@@ -184,6 +193,23 @@ def compare(sides: dict[str, Callable[[int], int]], runs: int) -> dict[str, dict
     }
 
 
+def measure(work: Workload, runs: int) -> dict[str, Any]:
+    config = EngineConfig(page_tokens=64, max_batch_tokens=8192, max_sequences=512, prefix_cache=True)
+    sides = {
+        "engine": engine_run(Engine(prepared_copy(work.stock), config), work),
+        "generate": generate_run(work),
+    }
+    results = compare(sides, runs)
+    return {
+        "workload": work.name,
+        "parameters": sum(p.numel() for p in work.stock.parameters()),
+        "prompts": len(work.prompts),
+        "samples": work.samples,
+        **results,
+        "ratio": results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"],
+    }
+
+
 def machine() -> dict[str, str | int]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model_names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -207,31 +233,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    work = random_workload(args.prompts, args.samples) if args.run is None else quickstart_workload(args.run)
-    config = EngineConfig(page_tokens=64, max_batch_tokens=8192, max_sequences=512, prefix_cache=True)
-    sides = {
-        "engine": engine_run(Engine(prepared_copy(work.stock), config), work),
-        "generate": generate_run(work),
-    }
-    results = compare(sides, args.runs)
-    ratio = results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"]
+    works = (
+        [random_workload(args.prompts, args.samples)] if args.run is None else quickstart_workloads(args.run)
+    )
+    found = [measure(work, args.runs) for work in works]
     report = {
         "benchmark": "rollout_vs_hf",
         "date": time.strftime("%Y-%m-%d"),
-        "workload": work.name,
-        "parameters": sum(p.numel() for p in work.stock.parameters()),
-        "prompts": len(work.prompts),
-        "samples": work.samples,
         "runs": args.runs,
-        **results,
-        "ratio": ratio,
+        "workloads": found,
         "machine": machine(),
     }
     print(json.dumps(report, indent=2))
-    print(
-        f"engine {results['engine']['tokens_per_s']:,.0f} tok/s, generate {results['generate']['tokens_per_s']:,.0f} "
-        f"tok/s: {ratio:.2f}x (median of {args.runs}, {torch.get_num_threads()} threads)"
-    )
+    for one in found:
+        print(
+            f"{one['workload']}: engine {one['engine']['tokens_per_s']:,.0f} tok/s, generate "
+            f"{one['generate']['tokens_per_s']:,.0f} tok/s: {one['ratio']:.2f}x (median of {args.runs}, "
+            f"{torch.get_num_threads()} threads)"
+        )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         kind = "random" if args.run is None else "quickstart"

@@ -18,6 +18,7 @@ operations run, one kernel each: right but not fast.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.kernels import native
 from rlhf.kernels.threads import serial
 
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
@@ -37,6 +39,8 @@ _MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 querie
 _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
+_NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
+_WORTH_THREADS = 1 << 22  # multiplications, from which on they are shared out
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,14 @@ class Plan:
         self.starts = np.cumsum(self.query_lens) - self.query_lens
         self.num_tokens = int(self.query_lens.sum())
         self._layouts: dict[tuple[int, int, int | None, int], Layout] = {}
+        self.num_scores = int((self.query_lens * self.context_lens).sum())
+        self.arrays = {  # what attention.cpp reads
+            "starts": self.starts,
+            "query_lens": np.ascontiguousarray(self.query_lens),
+            "context_lens": np.ascontiguousarray(self.context_lens),
+            "page_table": None if self.page_table is None else np.ascontiguousarray(self.page_table),
+            "prefix_starts": None if self.prefix_starts is None else np.ascontiguousarray(self.prefix_starts),
+        }
         if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
             raise ValueError(
                 "every sequence needs at least one query and a context that ends with its queries"
@@ -322,8 +334,9 @@ def attend_packed(
     """`packed_attention` with a plan that other layers share."""
     group = q.shape[1] // k.shape[1]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        layout = plan.layout(k.shape[1], group, window)
-        return _PackedAttention.apply(q.contiguous(), k, v, sinks, layout, scale, softcap)
+        return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
+    if is_native(q, k, v, softcap):
+        return _attend_native(q, k, v, plan, scale, window, sinks)
     table, token_rows = _table(q)
     layout = plan.layout(k.shape[1], group, window, token_rows)
     return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
@@ -397,6 +410,8 @@ def attend_paged(
 ) -> torch.Tensor:
     """`paged_attention` with a plan that other layers share."""
     heads = k_pages.shape[1]
+    if is_native(q, k_pages, v_pages, softcap):
+        return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks)
     with torch.no_grad():
         table, token_rows = _table(q)
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
@@ -492,6 +507,80 @@ def _attend(
         return flat.index_select(0, layout.output_rows).to(q_rows.dtype)
 
 
+# -- the native form ---------------------------------------------------------------------------------------------
+
+
+class _Call(ctypes.Structure):
+    """`AttentionCall` of attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sinks", "starts", "query_lens")),
+        *((name, ctypes.c_void_p) for name in ("context_lens", "page_table", "prefix_starts")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "group", "dim", "q_token", "k_token")),
+        *((name, ctypes.c_int64) for name in ("v_token", "table_width", "page_tokens", "window", "threads")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
+    """Whether attention.cpp serves the call: fp32 on a CPU, heads of 16 to 256 numbers, no soft cap."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in _NATIVE_DIMS
+        and softcap is None
+        and native.library("attention") is not None
+    )
+
+
+def _attend_native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N', Hq, D). No gradient."""
+    q, sinks = _heads_together(q), None if sinks is None else sinks.detach().float().contiguous()
+    if plan.page_table is None:
+        k, v = _heads_together(k), _heads_together(v)
+    num_heads, dim = k.shape[1], q.shape[-1]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    call = _Call(
+        **{name: x.data_ptr() for name, x in {"q": q, "k": k, "v": v, "out": out}.items()},
+        sinks=None if sinks is None else sinks.data_ptr(),
+        **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
+        sequences=len(plan.query_lens),
+        heads=num_heads,
+        group=q.shape[1] // num_heads,
+        dim=dim,
+        q_token=q.stride(0),
+        k_token=k.stride(0),
+        v_token=v.stride(0),
+        table_width=0 if plan.page_table is None else plan.page_table.shape[1],
+        page_tokens=plan.page_tokens or 0,
+        window=window or 0,
+        threads=torch.get_num_threads() if plan.num_scores * q.shape[1] * dim > _WORTH_THREADS else 1,
+        scale=scale,
+    )
+    failed = native.library("attention").attend_f32(ctypes.byref(call))
+    assert not failed, f"attention.cpp has no head of {dim}"
+    if plan.num_repeats:
+        out[plan.num_tokens :] = out[plan.num_tokens - 1]
+    return out
+
+
+def _heads_together(x: torch.Tensor) -> torch.Tensor:
+    """(N, H, D) with each token's heads beside each other in memory."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+# -- the torch form ----------------------------------------------------------------------------------------------
+
+
 def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -546,13 +635,17 @@ class _PackedAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
-        layout: Layout,
+        plan: Plan,
         scale: float,
+        window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, sinks)
-        ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
-        out = _attend(_rows(q), k, v, layout, scale, softcap, sinks)
+        ctx.layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
+        ctx.scale, ctx.softcap = scale, softcap
+        if is_native(q, k, v, softcap):
+            return _attend_native(q, k, v, plan, scale, window, sinks)
+        out = _attend(_rows(q), k, v, ctx.layout, scale, softcap, sinks)
         return out.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
@@ -589,7 +682,7 @@ class _PackedAttention(torch.autograd.Function):
         grad_q = _concat(grads_q).index_select(0, layout.output_rows).view(q.shape).to(q.dtype)
         grad_k = _sum_keys(grads_k, layout, k)
         grad_v = _sum_keys(grads_v, layout, v)
-        return grad_q, grad_k, grad_v, grad_sinks, None, None, None
+        return grad_q, grad_k, grad_v, grad_sinks, None, None, None, None
 
 
 def _concat(parts: list[torch.Tensor]) -> torch.Tensor:

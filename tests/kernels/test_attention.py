@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.kernels import attention
+from rlhf.kernels import attention, native
 from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention, write_kv
 
 HEADS = [(4, 4), (6, 2), (5, 1)]
@@ -19,6 +19,16 @@ OPTIONS = [
     {"window": 5, "softcap": 2.0},
 ]
 LENGTHS = [5, 1, 30, 17, 33, 2, 150]
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def form(request, monkeypatch):
+    """Every promise is of both forms; where there is no compiler there is one."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda name: None)
+    elif native.library("attention") is None:
+        pytest.skip("no C++ compiler")
+    return request.param
 
 
 def slow(q, k, v, lengths, scale, window=None, softcap=None, sinks=None):
@@ -90,6 +100,31 @@ def test_gradient_of_whole_sequences():
     got = torch.autograd.grad(packed_attention(*inputs, ends(lengths), scale=0.4), inputs, grad)
     want = torch.autograd.grad(slow(*inputs, lengths, 0.4), inputs, grad)
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dim", attention._NATIVE_DIMS)
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"sinks": True}], ids=str)
+def test_every_head_size_in_fp32(dim, options):
+    """Would catch: lanes in a wrong order, a masked lane that counts, an exponential that is off."""
+    inputs = make(LENGTHS, (4, 2), torch.float64, dim=dim)
+    narrow = [t.float().requires_grad_() for t in inputs]
+    options = with_sinks(options, 4, torch.float64)
+    got = packed_attention(*narrow, ends(LENGTHS), scale=0.5, **options)
+    want = slow(*inputs, LENGTHS, 0.5, **options)
+    assert torch.allclose(got.double(), want, atol=2e-5)
+    grads = torch.autograd.grad(got, narrow, torch.ones_like(got))
+    inputs = [t.requires_grad_() for t in inputs]
+    slow_grads = torch.autograd.grad(slow(*inputs, LENGTHS, 0.5, **options), inputs, torch.ones_like(want))
+    assert all(torch.allclose(a.double(), b, atol=2e-4) for a, b in zip(grads, slow_grads))
+
+
+def test_scores_far_apart_and_all_equal():
+    """Would catch: an exponential that overflows, underflows into a denormal, or a sum of probabilities that is not 1."""
+    q, k, v = make([40, 3], (4, 2), dim=32)
+    for scale in (0.0, 40.0, 1e4):
+        got = packed_attention(q, k, v, ends([40, 3]), scale=scale)
+        want = slow(q.double(), k.double(), v.double(), [40, 3], scale)
+        assert torch.allclose(got.double(), want, atol=2e-5), scale
 
 
 class Pages:
