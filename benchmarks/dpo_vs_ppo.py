@@ -9,7 +9,7 @@ two tokens, so all of them are enumerated and nothing is sampled. A response is 
 
 Policies: the reference (after SFT), DPO, PPO, and the optimum of PPO's objective under the learned reward model,
 reference * exp(score / kl_coef) normalised over all responses, which says what PPO would reach with more steps. Besides
-the recipe as it is, three changes of it show where the comparison ends (VARIANTS).
+the recipe as it is, two changes of it show where the comparison ends (VARIANTS).
 
     python benchmarks/dpo_vs_ppo.py [--seeds 3 4 5 6 7] [--variants recipe ...] [--work DIR] [--out benchmarks/results]
 
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -48,7 +48,6 @@ VARIANTS = {
     "recipe": ("as in the recipe", ()),
     "weak": ("beta = kl_coef = 0.1", ("stages.dpo.preference.beta=0.1", "stages.ppo.algorithm.kl_coef=0.1")),
     "uncentred": ("scores not centred", ("stages.rm.reward_modeling.center_coef=0",)),
-    "reversed": ("10 % of the pairs reversed", ("data.task_args.wrong_frac=0.1",)),
 }
 KINDS = ("preferred", "dispreferred", "uncovered", "no answer")
 POLICIES = ("reference", "DPO", "PPO", "optimum")
@@ -110,15 +109,15 @@ def measure(run_dir: Path, overrides: Sequence[str]) -> Measured:
 
 def read_case(task_args: dict[str, Any], model_dir: Path) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = {row["prompt"]: row for row in make_rows("coverage", **task_args)}
-    prompts, size, end = sorted(rows), len(rows), tokenizer.eos_token_id
+    lines = {row["prompt"]: row for row in make_rows("coverage", **task_args)}
+    prompts, size, end = sorted(lines), len(lines), tokenizer.eos_token_id
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in prompts]
     digits = [tokenizer(str(d), add_special_tokens=False).input_ids[0] for d in range(size)]
     first = [token for token in range(len(tokenizer)) if token != end]
     responses = [(end,), *((a, b) for a in first for b in range(len(tokenizer)))]
     answers = torch.tensor([responses.index((digit, end)) for digit in digits])
-    covered = torch.tensor([[str(d) in rows[p]["covered"] for d in range(size)] for p in prompts])
-    best = torch.tensor([[str(d) == rows[p]["answer"] for d in range(size)] for p in prompts])
+    covered = torch.tensor([[str(d) in lines[p]["covered"] for d in range(size)] for p in prompts])
+    best = torch.tensor([[str(d) == lines[p]["answer"] for d in range(size)] for p in prompts])
     kinds = torch.full((size, len(responses)), KINDS.index("no answer"))
     kinds[:, answers] = torch.where(best, 0, torch.where(covered, 1, 2))
     return Case(ids, responses, kinds, answers, covered, end)
@@ -229,61 +228,58 @@ def blend(value: float) -> str:
 
 
 def panel(
-    left: float, top: float, width: float, height: float, title: str, share: Callable[[str, str], list[float]]
+    left: float, top: float, width: float, height: float, title: str, bars: dict[str, dict[str, list[float]]]
 ) -> list[str]:
-    """Bars of what is outside the preferences: mean over seeds, and a dot for each."""
-    found = [text(left + width / 2, top - 12, title, size=13)]
-    most = 0.5
-    for tick in nice_ticks(0, most, 5):
-        y = top + height * (1 - tick / most)
+    """Bars of what no preference covers, bars[kind][policy]: mean over seeds, and a dot for each."""
+    found = [text(left + width / 2, top - 14, title, size=13)]
+    for tick in nice_ticks(0, 1, 5):
+        y = top + height * (1 - tick)
         found.append(box(left, y, width, 1, FAINT))
         found.append(text(left - 6, y + 4, f"{100 * tick:.0f} %", size=10, anchor="end"))
-    bar = min(width / (2 * len(POLICIES) + 2), 32)
-    for group, kind in enumerate(KINDS[2:]):
-        start = left + (group + 0.5) * width / 2 - len(POLICIES) * bar / 2
-        found.append(text(start + len(POLICIES) * bar / 2, top + height + 18, kind, size=12))
-        for i, policy in enumerate(POLICIES):
-            values, x = share(policy, kind), start + i * bar
-            tall = height * min(mean(values), most) / most
-            dashed = f'stroke="{COLOURS["PPO"]}" stroke-dasharray="3 2"' if policy == "optimum" else ""
-            found.append(box(x + 1.5, top + height - tall, bar - 3, tall, COLOURS[policy], dashed))
-            for value in values:
-                y = top + height * (1 - min(value, most) / most)
-                found.append(
-                    f'<circle cx="{x + bar / 2:.1f}" cy="{y:.1f}" r="2" fill="{INK}" fill-opacity=".65"/>'
-                )
-            if max(values) > most:
-                found.append(text(x + bar / 2, top - 1, f"↑{100 * max(values):.0f}", size=9))
+    wide = min(width / (2 * len(POLICIES) + 2), 32)
+    for group, (kind, policies) in enumerate(bars.items()):
+        middle = left + (group + 0.5) * width / len(bars)
+        found.append(text(middle, top + height + 18, kind))
+        for i, (policy, values) in enumerate(policies.items()):
+            x, tall = middle + (i - len(policies) / 2) * wide, height * mean(values)
+            found.append(box(x + 1.5, top + height - tall, wide - 3, tall, COLOURS[policy], edge(policy)))
+            found += [dot(x + wide / 2, top + height * (1 - value)) for value in values]
+    return found
+
+
+def dot(x: float, y: float) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{INK}" fill-opacity=".65"/>'
+
+
+def edge(policy: str) -> str:
+    """What is computed and not trained has a dashed edge."""
+    return f'stroke="{COLOURS["PPO"]}" stroke-dasharray="3 2"' if policy == "optimum" else ""
+
+
+def legend(left: float, top: float) -> list[str]:
+    found = []
+    for i, policy in enumerate(POLICIES):
+        name = "optimum of PPO's objective" if policy == "optimum" else policy
+        found.append(box(left + i * 100, top, 12, 12, COLOURS[policy], edge(policy)))
+        found.append(text(left + 18 + i * 100, top + 10, name, anchor="start"))
     return found
 
 
 def figure(found: Sequence[Row], first: Measured, title: str) -> str:
-    """The plot as SVG: above, one run's probabilities; below, the share outside the preferences over all seeds."""
-    marks = [text(MARGIN, 34, title, size=17, anchor="start")]
+    """The plot as SVG: above, one run's probabilities; below, what no preference covers over all seeds."""
     note = "Probability of each answer in percent (down: prompts, across: answers; framed: in preferences; else: no answer)"
-    marks.append(text(MARGIN, 56, note, anchor="start"))
+    marks = [text(MARGIN, 34, title, size=17, anchor="start"), text(MARGIN, 56, note, anchor="start")]
     for i, policy in enumerate(POLICIES[:3]):
         marks += heatmap(MARGIN + 28 + i * 322, 110, policy, first.policies[policy], first.case)
-    variants = list(dict.fromkeys(row["variant"] for row in found))
-    top, height = 460, 190
     seeds = len({row["seed"] for row in found})
-    note = f"Probability outside the preferences: mean of {seeds} seeds and, as dots, each seed"
-    marks.append(text(MARGIN, top - 70, note, anchor="start"))
-    for i, policy in enumerate(POLICIES):
-        edge = f'stroke="{COLOURS["PPO"]}" stroke-dasharray="3 2"' if policy == "optimum" else ""
-        marks.append(box(MARGIN + i * 110, top - 56, 12, 12, COLOURS[policy], edge))
-        name = "optimum of PPO's objective" if policy == "optimum" else policy
-        marks.append(text(MARGIN + 18 + i * 110, top - 46, name, anchor="start"))
+    note = f"Probability of what no preference covers: mean of {seeds} seeds and, as dots, each seed"
+    top, height = 470, 220
+    marks += [text(MARGIN, top - 82, note, anchor="start"), *legend(MARGIN, top - 68)]
+    variants = list(dict.fromkeys(row["variant"] for row in found))
     step = (WIDTH - MARGIN) / len(variants)
     for i, variant in enumerate(variants):
-        marks += panel(
-            MARGIN + 12 + i * step,
-            top,
-            step - 48,
-            height,
-            VARIANTS[variant][0],
-            lambda policy, kind, variant=variant: select(found, variant, policy, kind),
-        )
+        bars = {kind: {p: select(found, variant, p, kind) for p in POLICIES} for kind in KINDS[2:]}
+        marks += panel(MARGIN + 12 + i * step, top, step - 48, height, VARIANTS[variant][0], bars)
     tall = top + height + 40
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" height="{tall}" '
@@ -316,9 +312,8 @@ def main() -> None:
         file = args.out / f"dpo_vs_ppo-{date}.json"
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(table(found) + "\n", encoding="utf-8")
-        title = (
-            f"DPO and PPO from one reference and the same pairs ({args.variants[0]}, seed {args.seeds[0]})"
-        )
+        about = f"{VARIANTS[args.variants[0]][0]}, seed {args.seeds[0]}"
+        title = f"DPO and PPO from one reference and the same pairs ({about})"
         file.with_suffix(".svg").write_text(figure(found, first, title), encoding="utf-8")
 
 

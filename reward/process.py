@@ -1,8 +1,9 @@
 """A process for reward functions, which can be killed: a thread that loops for ever cannot.
 
 One process serves every function of a scorer; it is started at once, imports while the models load, and is started
-again after it was killed or has died. It is no fork: the run's models and its CUDA context are not in it. Not here:
-what happens in it (`rlhf.reward.child`), and which functions go there (`rlhf.reward.score`).
+again after it was killed or has died. It is no fork: the run's models and its CUDA context are not in it. What the
+functions have started ends with it, and what they print goes to a file. Not here: what happens in it
+(`rlhf.reward.child`), and which functions go there (`rlhf.reward.score`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import time
 import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from rlhf.reward import child
 from rlhf.reward.results import Judgement, RewardError
 
 _START_S = 300.0  # for importing the functions' modules
-_END_S = 2.0  # for a process that has closed its connection to be gone
+_END_S = 15.0  # for a process that has closed its connection, or was told to end, to be gone
 
 
 class RewardTimeout(Exception):
@@ -49,10 +51,10 @@ class NotSendable(Exception):
 
 class RewardProcess:
     """Calls functions by name in a process of their own. `names` are what `rlhf.reward.functions.resolve` takes, by
-    part."""
+    part; what the functions print is appended to the file `output` (None: it goes where the run's own goes)."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = dict(names)
+    def __init__(self, names: Mapping[str, str], *, output: Path | None = None) -> None:
+        self._names, self._output = dict(names), output
         self._running: list[tuple[subprocess.Popen, Connection]] = []  # one, or none
         self._failures: dict[str, str] | None = None  # parts that it could not import; None = not heard yet
         self._finalizer = weakref.finalize(self, _end_all, self._running)  # at the latest when the run ends
@@ -110,12 +112,15 @@ class RewardProcess:
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        process = subprocess.Popen(
-            [sys.executable, child.__file__, str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is the run's to answer; and its own children can be killed with it
-        )
+        with open(self._output, "ab") if self._output else contextlib.nullcontext() as output:
+            process = subprocess.Popen(
+                [sys.executable, child.__file__, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is the run's to answer
+            )
         theirs.close()
         self._running.append((process, ours))
         self._failures = None
@@ -146,6 +151,18 @@ def _end_all(running: list[tuple[subprocess.Popen, Connection]]) -> None:
     while running:
         process, connection = running.pop()
         connection.close()
+        if sys.platform == "linux" and _ends_by_itself(process):
+            continue
         with contextlib.suppress(ProcessLookupError):  # nothing of it is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _ends_by_itself(process: subprocess.Popen) -> bool:
+    """Tell it to end what the functions have started, and wait until it has."""
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

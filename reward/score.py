@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,6 @@ from rlhf.reward.results import Judgement, RewardError, read_result
 MAX_MISSING_FRAC = 0.05  # above this share of missing rewards, and more than one, the run stops
 _UNBOUNDED = frozenset({"format"})  # rules whose time has no bound: their pattern is the recipe's
 _GRACE_S = 15.0  # after the deadline, for this process to notice it before it is ended from outside Python
-_MAX_DEATHS = 3  # of the functions' process while the responses to blame are looked for
 
 _FAILED = "failed; the response is masked\n"
 
@@ -63,20 +63,24 @@ class Scorer:
     that does not exist, a wrong file, or arguments that the function does not take.
 
     A function that the recipe names runs in a process of its own, which is killed at its deadline, `timeout_s`
-    after the call. Built-in rules whose time is bounded run in this thread. Functions that were handed over as
+    after the call, with everything that it has started; what it prints is appended to the file `output`. Built-in rules whose time is bounded run in this thread. Functions that were handed over as
     objects keep their state, closures and notebooks included: they run in a thread of this process, which Python
     cannot kill. At the deadline its stack is logged, the call counts as failed and the thread is left alone; if
     it does not let go of the interpreter's lock either (`9**9**9`), all stacks are printed and the process ends.
     """
 
     def __init__(
-        self, configs: Sequence[RewardConfig], functions: Mapping[str, RewardFunction] | None = None
+        self,
+        configs: Sequence[RewardConfig],
+        functions: Mapping[str, RewardFunction] | None = None,
+        *,
+        output: Path | None = None,
     ) -> None:
         if not configs:
             raise ValueError("no reward function is configured; name at least one under reward:")
         self._parts = _build_parts(configs, functions or {})
         apart = {p.name: p.config.function for p in self._parts if p.runs == "process"}
-        self._process = RewardProcess(apart) if apart else None
+        self._process = RewardProcess(apart, output=output) if apart else None
         self._said: set[tuple[str, str]] = set()
         self.stats: dict[str, float] = {}
         # Reads the answer out of a response's text, by the first rule that knows how; None = no rule does.
@@ -87,9 +91,9 @@ class Scorer:
         where a part is missing, reward is None and reward_error says why. `stats` then holds this call's
         metrics.
 
-        A call that raises is repeated one response at a time, to find the responses to blame. Raises
-        RewardError for a result of the wrong length or type, and when more than 5 % of the rewards, and more
-        than one, are missing.
+        A call that raises, or is killed at its deadline, is repeated one response at a time, to find the responses to
+        blame; that takes `timeout_s` at most once more. Raises RewardError for a result of the wrong length or type,
+        and when more than 5 % of the rewards, and more than one, are missing.
         """
         if not rollouts:
             self.stats = {}
@@ -128,32 +132,48 @@ class Scorer:
         except RewardTimeout:
             late = _late(part)
             _log.error("reward function %s: %s", part.name, late.error)
-            return [late] * len(rollouts)
+            if part.runs != "process" or len(rollouts) == 1:  # a thread is still running the first call
+                return [late] * len(rollouts)
         except FunctionFailed as error:
             self._say_once(part, error.where, _FAILED + error.text)
             if len(rollouts) == 1:
                 return [Judgement(error=error.line)]
-        return self._judge_one_by_one(part, rollouts, deadline)
+        if part.runs == "process":
+            return self._judge_in_shares(part, rollouts)
+        return [self._judge_alone(part, rollout, deadline)[0] for rollout in rollouts]
 
-    def _judge_one_by_one(self, part: _Part, rollouts: Sequence[Rollout], deadline: float) -> list[Judgement]:
-        """Each response by itself, after the call for all of them has failed."""
+    def _judge_in_shares(self, part: _Part, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        """Each response by itself in the functions' process, in `timeout_s` for all of them together and a share of it
+        for each: more than 20 times the mean, so that as many may hang as may be missing. Starting a new process after
+        one was ended does not count; one response more than may be missing is the last that is tried."""
         judgements: list[Judgement] = []
-        deaths = 0
+        most = max(1, math.floor(MAX_MISSING_FRAC * len(rollouts)))
+        left_s, share_s = part.config.timeout_s, part.config.timeout_s / (most + 2)
+        ends = 0  # responses that were late or ended the process
         for rollout in rollouts:
-            if deaths == _MAX_DEATHS:
-                judgements.append(
-                    Judgement(error=f"not tried: its process has died {deaths} times in this step")
-                )
+            if ends > most:
+                text = f"not tried: {ends} others of this step were late or ended the functions' process"
+                judgements.append(Judgement(error=text))
                 continue
-            try:
-                judgements += self._call(part, [rollout], deadline)
-            except RewardTimeout:
-                judgements.append(_late(part))
-            except FunctionFailed as error:
-                deaths += not error.raised
-                self._say_once(part, error.where, _FAILED + error.text)
-                judgements.append(Judgement(error=error.line))
+            self._process.failures()  # it is up
+            begun = time.monotonic()
+            judgement, ended = self._judge_alone(part, rollout, begun + min(share_s, left_s), share_s)
+            left_s -= min(time.monotonic() - begun, share_s)  # ending the process does not count either
+            judgements.append(judgement)
+            ends += ended
         return judgements
+
+    def _judge_alone(
+        self, part: _Part, rollout: Rollout, deadline: float, share_s: float | None = None
+    ) -> tuple[Judgement, bool]:
+        """One response, after the call for all has failed or was late; and whether it was late or ended a process."""
+        try:
+            return self._call(part, [rollout], deadline)[0], False
+        except RewardTimeout:
+            return _late(part, share_s), True
+        except FunctionFailed as error:
+            self._say_once(part, error.where, _FAILED + error.text)
+            return Judgement(error=error.line), not error.raised
 
     def _call(self, part: _Part, rollouts: Sequence[Rollout], deadline: float) -> list[Judgement]:
         """Raises RewardTimeout, FunctionFailed, and RewardError for a broken contract."""
@@ -259,8 +279,10 @@ def _arguments(part: _Part, rollouts: Sequence[Rollout]) -> tuple[list[str], lis
     return prompts, [r.response_text for r in rollouts], {**columns, **part.config.args}
 
 
-def _late(part: _Part) -> Judgement:
+def _late(part: _Part, share_s: float | None = None) -> Judgement:
     limit = f"timeout_s={part.config.timeout_s:g}"
+    if share_s is not None:
+        limit = f"{share_s:.3g} s, its share of {limit}"
     text = f"no result after {limit}; make the function faster or raise reward.timeout_s"
     return Judgement(error=text, timeout=True)
 

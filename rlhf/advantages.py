@@ -11,7 +11,7 @@ group's statistics. A group whose rewards are all equal, or that has fewer than 
 `zero_std_groups` counts those. Within a group the advantages add up to 0. Statistics are taken in float64.
 
 The settings of the entry points are a recipe's algorithm section, with `kl_in_reward` and `whiten_advantages`
-decided (True or False). Call them on a whole step's batch, before it is cut: groups and whitening couple its rows.
+decided. Call them on a whole step's batch, before it is cut: groups and whitening couple its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.kl import KL_ESTIMATORS
+from rlhf.kl import kl_k1
 from rlhf.records import Batch
 from rlhf.settings import bind
 
@@ -72,24 +72,21 @@ def return_to_go(token_rewards: torch.Tensor, mask: torch.Tensor, *, gamma: floa
 # -- rewards with the KL in them ---------------------------------------------------------------------------------------
 
 
-def sequence_rewards(
-    batch: Batch, *, kl_coef: float, kl_estimator: str, reward_clip: float | None
-) -> torch.Tensor:
+def sequence_rewards(batch: Batch, *, kl_coef: float, reward_clip: float | None) -> torch.Tensor:
     """clip(R, +-reward_clip) - kl_coef sum_t KL_t of each response: (B,) in the rewards' dtype, NaN = missing.
 
-    KL_t is the estimate of KL(policy || reference) on each token of `response_mask`; the policy's log-probs are
+    KL_t is k1 on each token of `response_mask`, the one estimator whose policy gradient as a reward is that of
+    KL(policy || reference) (`rlhf.kl`); the policy's log-probs are
     `old_logprobs`, or the sampler's where the batch was not scored. None for reward_clip = no clip. Raises ValueError
     if a KL is asked for and log-probs are missing.
     """
     rewards = _clipped_rewards(batch, reward_clip)
     if not kl_coef:
         return rewards
-    return rewards - kl_coef * _token_kl(batch, kl_estimator).sum(-1).to(rewards.dtype)
+    return rewards - kl_coef * _token_kl(batch).sum(-1).to(rewards.dtype)
 
 
-def token_rewards(
-    batch: Batch, *, kl_coef: float, kl_estimator: str, reward_clip: float | None
-) -> torch.Tensor:
+def token_rewards(batch: Batch, *, kl_coef: float, reward_clip: float | None) -> torch.Tensor:
     """u_t = -kl_coef KL_t on every token of `response_mask`, plus clip(R, +-reward_clip) on the last: (B, T), 0
     elsewhere (InstructGPT, arXiv 2203.02155 section 3.5).
 
@@ -100,7 +97,7 @@ def token_rewards(
     spread = torch.where(_last_token(mask), rewards[:, None], 0.0)
     if not kl_coef:
         return spread
-    return spread - kl_coef * _token_kl(batch, kl_estimator).to(rewards.dtype)
+    return spread - kl_coef * _token_kl(batch).to(rewards.dtype)
 
 
 def _clipped_rewards(batch: Batch, reward_clip: float | None) -> torch.Tensor:
@@ -108,7 +105,7 @@ def _clipped_rewards(batch: Batch, reward_clip: float | None) -> torch.Tensor:
     return batch.rewards if reward_clip is None else batch.rewards.clamp(-reward_clip, reward_clip)
 
 
-def _token_kl(batch: Batch, kl_estimator: str) -> torch.Tensor:
+def _token_kl(batch: Batch) -> torch.Tensor:
     policy = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
     if policy is None or batch.ref_logprobs is None:
         missing = "ref_logprobs" if policy is not None else "old_logprobs"
@@ -118,7 +115,7 @@ def _token_kl(batch: Batch, kl_estimator: str) -> torch.Tensor:
         )
     mask = batch.response_mask
     policy, reference = (torch.where(mask, x, 0.0) for x in (policy, batch.ref_logprobs))
-    return KL_ESTIMATORS[kl_estimator](policy, reference)
+    return kl_k1(policy, reference)
 
 
 def _last_token(mask: torch.Tensor) -> torch.Tensor:
@@ -261,7 +258,6 @@ def _shaping(settings: Any) -> dict[str, Any]:
     assert settings.kl_in_reward is not None, "kl_in_reward is undecided; resolve the method's default first"
     return {
         "kl_coef": settings.kl_coef if settings.kl_in_reward else 0.0,
-        "kl_estimator": settings.kl_estimator,
         "reward_clip": settings.reward_clip,
     }
 

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class _Trainer:
     sections: tuple[
         str, ...
     ] = ()  # of the method: their fields are plain keywords, before any other section's
-    eval_kind = "sets"  # what eval_dataset is: prompts to answer ("sets") or preference pairs ("pairs")
+    eval_kind = "sets"  # what eval_dataset is: prompts to answer ("sets"), preference pairs ("pairs"), or rows like those
+    # of train_dataset ("held_out")
 
     def __init__(
         self,
@@ -73,18 +75,17 @@ class _Trainer:
         rewards, functions = _rewards(reward)
         if rewards:
             recipe["reward"] = rewards
-        train_rows = _dataset(recipe.setdefault("data", {}), train_dataset)
+        train_rows = _dataset("train_dataset", recipe.setdefault("data", {}), train_dataset)
         eval_rows = {}
         if eval_dataset is not None:
             eval_set = {k: v for k, v in recipe["data"].items() if k != "path"}
-            rows = _dataset(eval_set, eval_dataset)
+            rows = _dataset("eval_dataset", eval_set, eval_dataset)
             recipe.setdefault("evaluation", {}).setdefault(self.eval_kind, {})["eval"] = eval_set
             eval_rows = {"eval": rows} if rows is not None else {}
         if isinstance(model, str | Path):
             recipe.setdefault("model", {})["path"] = str(model)
         else:
-            if tokenizer is None:
-                raise ValueError("a model object needs its tokenizer: pass tokenizer=")
+            _check_model(model, tokenizer)
             recipe.setdefault("model", {})["path"] = f"{IN_MEMORY}:{_weights_hash(model)}"
             recipe["model"].setdefault("dtype", str(model.dtype).removeprefix("torch."))
         rows: dict[Key, Sequence[Any]] = {("data",): train_rows} if train_rows is not None else {}
@@ -96,6 +97,8 @@ class _Trainer:
             functions=functions,
         )
         self.plan = plan_from_dict(recipe, look_up=lambda checked: look_up(checked, given))
+        for warning in self.plan.warnings:
+            warnings.warn(f"{warning.key}: {warning.message}", stacklevel=2)
         self._objects = Objects(
             model=None if isinstance(model, str | Path) else model,
             tokenizer=tokenizer,
@@ -125,9 +128,11 @@ class _Trainer:
 
 
 class SFTTrainer(_Trainer):
-    """Supervised fine-tuning on the answers in `response_column`, or on `messages_column`; see `rlhf.trainers.sft`."""
+    """Supervised fine-tuning on the answers in `response_column`, or on `messages_column`; see `rlhf.trainers.sft`.
+    `eval_dataset`: rows of the same columns, for their loss; prompts to be answered and rewarded go into
+    `evaluation={"sets": ...}`."""
 
-    method = "sft"
+    method, eval_kind = "sft", "held_out"
 
 
 class RewardTrainer(_Trainer):
@@ -139,7 +144,7 @@ class RewardTrainer(_Trainer):
 class PRMTrainer(_Trainer):
     """A process reward model from judged steps; see `rlhf.trainers.rm`."""
 
-    method = "prm"
+    method, eval_kind = "prm", "held_out"
 
 
 class PPOTrainer(_Trainer):
@@ -171,7 +176,7 @@ class OnlineDPOTrainer(_Trainer):
 class KTOTrainer(_Trainer):
     """KTO (arXiv 2402.01306) on answers that are desirable or not; see `rlhf.trainers.kto`."""
 
-    method, sections = "kto", ("kto",)
+    method, sections, eval_kind = "kto", ("kto",), "held_out"
 
 
 class RejectionTrainer(_Trainer):
@@ -231,16 +236,44 @@ def _rewards(reward: Any) -> tuple[list[dict[str, Any]], dict[str, Callable]]:
     return entries, functions
 
 
-def _dataset(config: dict[str, Any], dataset: Any) -> list[Mapping[str, Any]] | None:
-    """Put a path into the section, or return the rows that were handed over."""
+def _check_model(model: Any, tokenizer: Any) -> None:
+    """Raise ValueError for objects that are no transformers model and its tokenizer."""
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
+        way = "give a folder, a hub name, or a transformers model with its tokenizer"
+        raise ValueError(f"model is of type {type(model).__name__}: {way}")
+    if tokenizer is None:
+        raise ValueError("a model object needs its tokenizer: pass tokenizer=")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer is of type {type(tokenizer).__name__}: give the model's transformers tokenizer"
+        )
+
+
+def _dataset(name: str, config: dict[str, Any], dataset: Any) -> list[Mapping[str, Any]] | None:
+    """Put a path into the section, or return the rows that were handed over. `name` is the argument's, for errors."""
     if isinstance(dataset, str | Path):
         config["path"] = str(dataset)
         return None
     if not isinstance(dataset, Iterable):
-        raise ValueError(f"a dataset of {dataset!r}: give a path, a hub name, or rows (dicts by column name)")
+        raise ValueError(f"{name}={dataset!r}: give a path, a hub name, or rows (dicts by column name)")
+    if isinstance(dataset, Mapping):
+        kind = f"{name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset)) or 'nothing'}"
+        if all(_holds_rows(part) for part in dataset.values()) and dataset:
+            raise ValueError(f"{kind}: give one of its splits, such as {name}=...[{next(iter(dataset))!r}]")
+        raise ValueError(f"{kind}: give rows, a list of dicts by column name, or a datasets.Dataset")
     rows = list(dataset)
+    if rows and not any(isinstance(row, Mapping) for row in rows):
+        kind = f"{name} is a {type(dataset).__name__} whose first entry is {rows[0]!r}"
+        raise ValueError(f"{kind}: give rows, a list of dicts by column name, or a datasets.Dataset")
     config["path"] = f"{IN_MEMORY}:{_hash(json.dumps(rows, sort_keys=True, default=_plain))}"
     return rows
+
+
+def _holds_rows(dataset: Any) -> bool:
+    """Whether its first entry is a row."""
+    return isinstance(dataset, Iterable) and isinstance(next(iter(dataset), None), Mapping)
 
 
 def _hash(text: str) -> str:

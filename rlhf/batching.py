@@ -80,13 +80,15 @@ def make_batch(
     group_ids: Sequence[int],
     mask_truncated: bool = False,
     needs_reward: bool = True,
+    correct_above: float | None = None,
 ) -> Batch:
     """One step's responses as tensors on the CPU, in the order given.
 
     `loss_mask` is `response_mask` without the rows that `why_masked` names; such a row stays (its reward
     still counts in its group's baseline, if there is one) but not in `num_loss_sequences`; without `needs_reward`
-    a missing reward is no reason to mask. A missing reward is NaN, a log-prob that is not finite becomes 0. Raises ValueError for no rollouts, an empty prompt, or
-    another number of group ids.
+    a missing reward is no reason to mask. A missing reward is NaN, a log-prob that is not finite becomes 0. Rows with a
+    reward above `correct_above` are `right`, with None that is left open. Raises ValueError for no rollouts, an empty
+    prompt, or another number of group ids.
     """
     if len(group_ids) != len(rollouts):
         raise ValueError(f"{len(group_ids)} group_ids for {len(rollouts)} rollouts; give one number for each")
@@ -97,10 +99,14 @@ def make_batch(
     for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
         logprobs[i, len(row.prompt_ids) : row.length] = torch.tensor(rollout.rollout_logprobs)
     rewards = [r.reward if _is_reward(r.reward) else math.nan for r in rollouts]
-    return batch.replace(
-        group_ids=torch.tensor(list(group_ids), dtype=torch.long),
-        rewards=torch.tensor(rewards, dtype=torch.float32),
-        rollout_logprobs=torch.where(batch.response_mask & logprobs.isfinite(), logprobs, 0.0),
+    right = None if correct_above is None else torch.tensor([reward > correct_above for reward in rewards])
+    return recount(
+        batch.replace(
+            group_ids=torch.tensor(list(group_ids), dtype=torch.long),
+            rewards=torch.tensor(rewards, dtype=torch.float32),
+            right=right,
+            rollout_logprobs=torch.where(batch.response_mask & logprobs.isfinite(), logprobs, 0.0),
+        )
     )
 
 
@@ -166,7 +172,7 @@ def recount(batch: Batch) -> Batch:
     return batch.replace(
         num_loss_tokens=int(tokens.sum()),
         num_loss_sequences=int((tokens > 0).sum()),
-        num_positive_tokens=0 if batch.rewards is None else int(tokens[batch.rewards > 0].sum()),
+        num_positive_tokens=0 if batch.right is None else int(tokens[batch.right].sum()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive being interrupted, and the lock that keeps two runs out of one directory.
+"""Checkpoints that survive being interrupted.
 
 A checkpoint is a directory `step-00000040` with its files and `manifest.json`. It is written under a
 temporary name and flushed; the manifest (size and SHA-256 of every file) comes last, then the rename, and
@@ -11,18 +11,14 @@ Here: when files become a checkpoint. Not here: what is in the files (`rlhf.trai
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,20 +32,14 @@ from rlhf.runlog import flush_to_disk
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LOCK = "run.lock"
 
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _TEMPORARY = ".tmp-"
 _log = logging.getLogger(__name__)
-_held_here: dict[Path, dict[str, Any]] = {}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read."""
-
-
-class RunInUseError(CheckpointError):
-    """Another run holds the run directory."""
 
 
 @dataclass(frozen=True)
@@ -300,57 +290,6 @@ def load_tensors(path: Path | str) -> dict[str, torch.Tensor]:
         return load_file(str(path), device="cpu")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-# -- one run per directory -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path | str) -> Iterator[None]:
-    """Hold `run_dir` for this process. Raises RunInUseError naming host, process and start of the run that
-    has it.
-
-    The operating system frees the lock when the process ends, however it ends.
-    """
-    path = Path(run_dir).resolve() / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A record lock belongs to the process: a child that outlives a killed run does not keep it. In return
-    # this process would be granted it twice, and loses it if it ever opens and closes the file a second time.
-    if path in _held_here:
-        raise RunInUseError(_in_use(path, _held_here[path]))
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise RunInUseError(_in_use(path, _read_owner(path))) from None
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        }
-        _held_here[path] = owner
-        try:
-            file.truncate(0)
-            json.dump(owner, file)
-            file.flush()
-            yield
-            file.truncate(0)
-        finally:
-            del _held_here[path]
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8").strip()
-    return json.loads(text) if text else {"host": "unknown", "pid": "unknown", "started": "this moment"}
-
-
-def _in_use(path: Path, owner: Mapping[str, Any]) -> str:
-    return (
-        f"{path.parent} is in use by another run: host {owner['host']}, process {owner['pid']}, started "
-        f"{owner['started']}. Stop that run, or give this one another run.name"
-    )
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -43,8 +43,7 @@ def train(
 ) -> None:
     """Run a recipe. The same command again continues a run that was interrupted."""
     plan = _load(recipe, overrides)
-    if not fresh:
-        _exit_if_finished(plan)
+    _exit_if_nothing_can_run(plan, fresh=fresh)
     from rlhf.runtime.run import run_plan
 
     sys.exit(run_plan(plan, fresh=fresh))
@@ -81,16 +80,18 @@ def main() -> None:
     app(prog_name="rlhf")
 
 
-def _exit_if_finished(plan: Plan) -> None:
-    """Answer from the run directory's files, where they tell that there is nothing to run."""
+def _exit_if_nothing_can_run(plan: Plan, *, fresh: bool) -> None:
+    """Answer from the run directory's files, where they tell that there is nothing to run, or that another run is there."""
     from rlhf.console import Console
     from rlhf.runtime.earlier import finished_message, is_finished, run_directory
+    from rlhf.runtime.lock import RunInUseError, check_not_in_use
 
     try:
-        if is_finished(plan):
+        if not fresh and is_finished(plan):
             Console().say(finished_message(run_directory(plan)))
             raise typer.Exit()
-    except ValueError as error:
+        check_not_in_use(run_directory(plan))
+    except (ValueError, RunInUseError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 
@@ -100,10 +101,13 @@ def _load(recipe: str, overrides: list[str] | None) -> Plan:
     from rlhf.recipe.preflight import look_up
 
     try:
-        return load_plan(recipe, overrides or (), look_up=look_up)
+        plan = load_plan(recipe, overrides or (), look_up=look_up)
     except RecipeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(INVALID_RECIPE) from None
+    for warning in plan.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return plan
 
 
 def _summary(recipe: Recipe) -> str:

@@ -41,14 +41,17 @@ KEY_METRICS = {  # metric: its short name on the stage's line, in order of impor
     "dpo/margin": "margin",
     "rm/margin": "margin",
     "value/explained_variance": "explained",
-    "sft/token_accuracy": "token accuracy",
     "rollout/response_tokens_mean": "tokens",
     "policy/entropy": "entropy",
     "policy/kl_ref": "kl",
     "policy/clip_frac": "clipped",
     "policy/grad_norm": "grad norm",
 }
+HELD_OUT = ("accuracy", "auc", "loss")  # of an evaluation, beside pass@k: what is said when it is made
 SHOWN_METRICS = 4
+MAX_BARS = 8
+ETA_WIDTH = 12
+_GAPS = 5  # between the columns beside a bar
 PLAIN_EVERY_S = 5.0  # seconds between a stage's lines when the output is no terminal
 MAX_CELL = 240  # characters of a prompt or response in the table
 
@@ -84,6 +87,7 @@ class Console:
         self.interactive = is_terminal and not self._rich.is_dumb_terminal
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._notes: dict[str, str] = {}  # what stands beside each bar
         self._spans: dict[str, tuple[int, int]] = {}
         self._ticks: deque[float] = deque(maxlen=21)
         self._last_line = 0.0
@@ -109,6 +113,9 @@ class Console:
             return
         if self._progress is None:
             self._progress = self._start_progress()
+        if len(self._tasks) >= max(1, min(MAX_BARS, self._rich.height - 6)):
+            self._retire(next(iter(self._tasks)))
+        self._notes[name] = ""
         self._tasks[name] = self._progress.add_task(
             name, total=total, completed=done, note="", eta="", phase=""
         )
@@ -116,19 +123,25 @@ class Console:
     def phase(self, text: str) -> None:
         """What the run is doing now, for the wait before the next step; a pipe does not show it."""
         if self._progress is not None and self._tasks:
-            self._progress.update(list(self._tasks.values())[-1], phase=_printable(text, 40))
+            stage, task = list(self._tasks.items())[-1]
+            room = max(8, self._room() - len(self._notes[stage]) - 3)
+            self._progress.update(task, eta="", phase=_printable(text, min(40, room)))
 
     def step(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """One step is done: move the bar, or print a line if the last one is old."""
         first, last = self._spans.get(stage, (1, step))
-        evaluations = {k: v for k, v in metrics.items() if k.startswith("eval/") and "/pass@" in k}
+        evaluations = {k: v for k, v in metrics.items() if _is_headline(k)}
         if evaluations:
             self._print_evaluations(step, evaluations)
         if step < first:
             return
         self._ticks.append(time.monotonic())
-        note, eta = "  ".join(_key_metrics(metrics)), self._eta(last - step)
+        found, eta = _key_metrics(metrics), self._eta(last - step)
+        note = "  ".join(found)
         if self.interactive and stage in self._tasks:
+            while len(note) > self._room() - ETA_WIDTH and len(found) > 1:
+                note = "  ".join(found := found[:-1])
+            self._notes[stage] = note
             self._progress.update(
                 self._tasks[stage], completed=step - first + 1, note=note, eta=eta, phase=""
             )
@@ -162,11 +175,20 @@ class Console:
     def warn(self, text: str) -> None:
         self._rich.print(Text.assemble(("warning ", "bold yellow"), text))
 
-    def end_run(self, status: str, *, facts: Sequence[tuple[str, str]]) -> None:
+    def end_run(
+        self, status: str, *, facts: Sequence[tuple[str, str]], ends: Sequence[Sequence[str]] = ()
+    ) -> None:
         """Stop the bars and say how the run ended; why is said by who raised it. `facts`: (label, text) lines, for
-        example accuracy and report."""
+        example accuracy and report. `ends`: rows of a table, its heading first."""
         self.stop()
         self._rich.print(Text(status, f"bold {_STYLE.get(status, 'yellow')}"))
+        if ends:
+            table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
+            for i, heading in enumerate(ends[0]):
+                table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+            for row in ends[1:]:
+                table.add_row(*map(Text, row))
+            self._rich.print(table)
         width = max((len(label) for label, _ in facts), default=0)
         for label, text in facts:
             self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), text), soft_wrap=True)
@@ -178,10 +200,26 @@ class Console:
             self._progress = None
             self._tasks.clear()
 
+    @property
+    def _bar_width(self) -> int:
+        return max(8, min(32, self._rich.width - 72))
+
+    def _room(self) -> int:
+        """Characters of a line that are left for metrics and time; a line that is longer takes them from the bar."""
+        counts = max(2 * len(str(last - first + 1)) + 1 for first, last in map(self._spans.get, self._tasks))
+        return self._rich.width - max(map(len, self._tasks)) - self._bar_width - counts - _GAPS
+
+    def _retire(self, stage: str) -> None:
+        """A line in the place of a bar: more bars than the terminal has lines would hide the one that moves."""
+        first, last = self._spans[stage]
+        self._progress.remove_task(self._tasks.pop(stage))
+        count = last - first + 1
+        self._rich.print(Text(f"{stage}  {count}/{count}  {self._notes[stage]}"))
+
     def _start_progress(self) -> Progress:
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=max(8, min(32, self._rich.width - 72))),
+            BarColumn(bar_width=self._bar_width),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[note]}", markup=False),
             TextColumn("{task.fields[eta]}", style="dim", markup=False),
@@ -193,7 +231,8 @@ class Console:
 
     def _print_evaluations(self, step: int, evaluations: Mapping[str, float]) -> None:
         parts = [
-            f"{name.removeprefix('eval/')} {format_value(v, share=True)}" for name, v in evaluations.items()
+            f"{name.removeprefix('eval/')} {format_value(v, share=is_share(name))}"
+            for name, v in evaluations.items()
         ]
         self._rich.print(Text.assemble((f"step {step}  held out  ", "dim"), (",  ".join(parts), "bold")))
 
@@ -205,6 +244,10 @@ class Console:
         minutes, rest = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{rest:02d} left" if hours else f"{minutes}:{rest:02d} left"
+
+
+def _is_headline(name: str) -> bool:
+    return name.startswith("eval/") and ("/pass@" in name or name.rsplit("/", 1)[1] in HELD_OUT)
 
 
 def _key_metrics(metrics: Mapping[str, float]) -> list[str]:

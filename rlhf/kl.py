@@ -27,15 +27,17 @@ def log_ratio(logprobs: torch.Tensor, other_logprobs: torch.Tensor) -> torch.Ten
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """k1 = d: unbiased, high variance, may be negative. (B, T), nats, within +-10.
 
-    For rewards and metrics only. As a loss its gradient is grad log policy, whose expectation is zero: it
-    adds noise and pulls nowhere.
+    The only one for a reward: on the policy's own samples E[d grad log policy] is the gradient of
+    KL(policy || reference). As a loss its gradient is grad log policy, whose expectation is zero: it adds noise and
+    pulls nowhere.
     """
     return log_ratio(logprobs, ref_logprobs).clamp(-KL_LIMIT, KL_LIMIT)
 
 
 def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """k2 = d^2 / 2: biased in value, but its gradient d * grad log policy is, on the policy's own samples,
-    the gradient of the reverse KL. The right estimator for a loss. (B, T), nats, >= 0.
+    the gradient of the reverse KL. The right estimator for a loss, and a wrong one for a reward.
+    (B, T), nats, >= 0.
 
     Not limited to 10 like the others: that would end its gradient at |d| = 4.5, where the pull is needed
     most.
@@ -48,16 +50,18 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
     As a loss (GRPO, arXiv 2402.03300 eq. 4) its gradient (1 - exp(-d)) * grad log policy is that of
     KL(reference || policy) in expectation, hence biased for the reverse KL; where the value is at its limit
-    there is no gradient.
+    there is no gradient. Never in a reward: E[k3 grad log policy] is the gradient of KL(policy || reference) -
+    KL(reference || policy), which pushes away from the reference.
     """
     d = log_ratio(logprobs, ref_logprobs)
     return (torch.expm1(-d) + d).clamp(max=KL_LIMIT)
 
 
 def kl_k3_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """The value of k3 with the gradient of k2: unbiased in both, for the reverse KL. (B, T), nats, at most 10.
+    """The value of k3 with the gradient of k2. As a loss on the policy's own samples both are unbiased, for the
+    reverse KL. (B, T), nats, at most 10.
 
-    In a reward, which has no gradient, it is k3.
+    A reward sees the value alone, where it is as wrong as k3.
     """
     k2 = kl_k2(logprobs, ref_logprobs)
     return kl_k3(logprobs, ref_logprobs).detach() + (k2 - k2.detach())

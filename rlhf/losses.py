@@ -55,7 +55,7 @@ def policy_loss(
     mask, plus positive_nll_coef * NLL of right answers.
 
     logprobs, entropy: (B, T) of the current policy with gradient, nats. `settings` is a recipe's algorithm section,
-    with `kl_in_reward` decided (True or False): a KL in the reward is not in the loss again. The scalar is this
+    with `kl_in_reward` and `kl_estimator` decided: a KL in the reward is not in the loss again. The scalar is this
     micro-batch's share of the step's loss. Tokens outside the loss mask get exactly zero gradient, whatever stands
     there.
 
@@ -123,11 +123,14 @@ def _objective(
 
 
 def _positive_nll(batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
-    """-sum of log-probs of right answers (reward above 0) / number of their loss tokens in the step, as this
-    micro-batch's share (VAPO's positive-example loss, arXiv 2504.05118; coefficient .1).
+    """-sum of log-probs of right answers / number of their loss tokens in the step, as this micro-batch's share (VAPO's
+    positive-example loss, arXiv 2504.05118; coefficient .1). The policy is that of the ratio, at the sampling
+    temperature.
     """
-    assert batch.rewards is not None, "the NLL of right answers needs rewards"
-    positive = batch.loss_mask & (batch.rewards > 0)[:, None]
+    assert batch.right is not None, (
+        "the NLL of right answers needs to know which are: set correct_above in make_batch"
+    )
+    positive = batch.loss_mask & batch.right[:, None]
     assert batch.num_positive_tokens or not positive.any(), (
         "num_positive_tokens is stale: recount the step's batch"
     )

@@ -66,8 +66,6 @@ RULES: dict[str, Rule] = {
         "an update was skipped: its loss or gradient was not finite, or no token counted in its loss",
     ),
     "robust/bad_rows": Rule(above(0), "rows of the dataset were dropped"),
-    "robust/rollout_retries": Rule(above(0), "responses had to be generated again"),
-    "robust/restarts": Rule(above(0), "processes died and were started again"),
 }
 
 FALL = 0.05  # an evaluation this far below its best, while the training reward rose, is a warning

@@ -57,10 +57,3 @@ def finish_mismatch(sums: Mapping[str, torch.Tensor | float]) -> dict[str, float
         "mismatch/outside_frac": float(sums["mismatch/outside_frac"]) / num_tokens,
         "mismatch/ess": weight**2 / (num_tokens * weight_squared),
     }
-
-
-def mismatch_metrics(
-    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
-) -> dict[str, float]:
-    """The `mismatch/*` metrics of whole (B, T) tensors over the tokens in `mask`."""
-    return finish_mismatch(mismatch_sums(old_logprobs, rollout_logprobs, mask))

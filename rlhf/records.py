@@ -80,6 +80,7 @@ _ROW_TENSORS = (
     "loss_mask",
     "group_ids",
     "rewards",
+    "right",
     "rollout_logprobs",
     "old_logprobs",
     "ref_logprobs",
@@ -114,9 +115,10 @@ class Batch:
     loss_mask: torch.Tensor  # (B, T) bool, True = counts in the loss, a subset of response_mask
     num_loss_tokens: int
     num_loss_sequences: int  # sequences with at least one loss token
-    num_positive_tokens: int = 0  # loss tokens in rows with a reward above 0
+    num_positive_tokens: int = 0  # loss tokens in rows that are `right`
     group_ids: torch.Tensor | None = None  # (B,) int64, rows of one prompt share a number
     rewards: torch.Tensor | None = None  # (B,) fp32, NaN = missing
+    right: torch.Tensor | None = None  # (B,) bool, True = the reward is that of a right answer
     rollout_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, from the sampler
     old_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, policy before this update
     ref_logprobs: torch.Tensor | None = None  # (B, T) fp32, nats, reference

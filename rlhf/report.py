@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.charts import Curve, chart, format_value, is_share
+from rlhf.charts import MAX_NAMES, Curve, Span, chart, format_value, is_share
 from rlhf.metric_rules import MetricWatch
+from rlhf.recipe.reads import SAMPLING
+from rlhf.recipe.rules import stage_of
 from rlhf.report_assets import SCRIPT, STYLE
 from rlhf.runlog import (
     METRICS_FILE,
@@ -34,15 +36,22 @@ from rlhf.runlog import (
 
 AREAS = {
     "reward": "Reward",
+    "judge": "Judge",
     "eval": "Evaluation",
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimisation",
+    "kto": "Judged answers",
     "rm": "Reward model",
+    "prm": "Process reward model",
+    "distill": "Distillation",
+    "ptx": "Pretraining texts",
+    "data": "Curriculum",
     "advantage": "Advantage",
     "policy": "Policy",
     "value": "Critic",
     "return": "Return",
     "rollout": "Rollout",
+    "replay": "Replay",
     "mismatch": "Sampler against trainer",
     "staleness": "Staleness",
     "weights": "Weights",
@@ -50,6 +59,15 @@ AREAS = {
     "cache": "Cache",
     "perf": "Speed",
     "time": "Time",
+}
+MAIN = {  # the metric of training that the first screen shows: the first of these that the run has
+    "reward/mean": "Training reward",
+    "rm/accuracy": "Training accuracy",
+    "prm/accuracy": "Training accuracy",
+    "dpo/accuracy": "Training accuracy",
+    "distill/divergence": "Distance to the teacher",
+    "kto/loss": "Training loss",
+    "sft/loss": "Training loss",
 }
 BANDS = {  # line: (lower edge, upper edge); the edges get no chart of their own
     "reward/mean": ("reward/min", "reward/max"),
@@ -59,6 +77,11 @@ BANDS = {  # line: (lower edge, upper edge); the edges get no chart of their own
 LEADING = (  # the metrics that come first within their area; the others follow by name
     "reward/mean",
     "reward/std",
+    *(
+        f"{area}/{name}"
+        for area in ("sft", "dpo", "kto", "rm", "prm", "distill")
+        for name in ("loss", "accuracy")
+    ),
     "policy/entropy",
     "policy/approx_kl",
     "policy/kl_ref",
@@ -80,6 +103,8 @@ class StageSpan:
     method: str
     first_step: int
     last_step: int
+    number: int  # from 1
+    starts_from: str | None  # the stage that its recipe names as its start
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,7 @@ def render(
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
     """The page. `run` is the content of run.json, the others are records in order of step."""
-    stages = _stages(run, metrics)
+    stages = _stages(run, [*metrics, *timings])
     body = [
         _header(run, stages, metrics),
         _warnings(run, sorted([*metrics, *timings], key=lambda r: r["step"])),
@@ -169,7 +194,12 @@ def _header(run: Mapping[str, Any], stages: Sequence[StageSpan], metrics: Sequen
     total = stages[-1].last_step if stages else step
     status = str(run["status"])
     recipe = run.get("recipe_source") or "written in Python"
-    path = " → ".join(f"{_esc(s.name)} <small>{s.last_step - s.first_step + 1} steps</small>" for s in stages)
+    numbered = len(stages) > MAX_NAMES
+    path = " → ".join(
+        f"{f'<small>{s.number}</small> ' if numbered else ''}{_esc(s.name)} "
+        f"<small>{s.last_step - s.first_step + 1} steps</small>"
+        for s in stages
+    )
     sessions = run["sessions"]
     updated = sessions[-1]["updated"]
     parts = [
@@ -208,57 +238,82 @@ def _warnings(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> s
 
 
 def _heroes(stages: Sequence[StageSpan], metrics: Sequence[Mapping[str, Any]]) -> str:
+    if not metrics:
+        return '<p class="empty">No step has been recorded yet.</p>'
     cards = [_heldout_card(stages, metrics, change) for change in heldout_changes(metrics)]
     present = {name for record in metrics for name in record}
-    main = next((n for n in ("reward/mean", "rm/accuracy", "dpo/accuracy", "sft/loss") if n in present), None)
+    main = next((name for name in MAIN if name in present), None)
     if main is not None:
         first, last, k = trend_of(metrics, main)
-        title = {"reward/mean": "Training reward", "sft/loss": "Training loss"}.get(main, main)
-        note = f"mean of the first and last {k} steps" if k > 1 else "first and last step"
-        curve = _curve(metrics, main, None)
-        cards.append(_hero(title, main, (first, last), note, stages, curve))
-    if not cards:
-        return '<p class="empty">No step has been recorded yet.</p>'
-    return f'<section class="heroes">{"".join(cards)}</section>'
+        note = f"<code>{main}</code>, " + (
+            f"mean of the first and last {k} steps" if k > 1 else "first and last step"
+        )
+        cards.append(_hero(MAIN[main], (first, last), note, _curve(metrics, main, None, stages)))
+    return f'<section class="heroes">{"".join(cards)}</section>' if cards else ""
 
 
 def _heldout_card(stages: Sequence[StageSpan], metrics: Sequence[Mapping[str, Any]], change: Change) -> str:
     _, which, metric = change.name.split("/", 2)
-    curve = _curve(metrics, change.name, None)
-    note = f"{_esc(metric)} on <b>{_esc(which)}</b>: " + ", ".join(_milestones(curve, stages))
-    inside = all(0 <= v <= 1 for v in curve.values)
-    range_ = (0.0, 1.0) if is_share(change.name) and inside else None
-    return _hero("Held-out accuracy", change.name, (change.first, change.last), note, stages, curve, range_)
+    drawn = _curve(metrics, change.name, None, stages)
+    curve, spans = drawn
+    share = is_share(change.name)
+    values = _milestones(curve, spans)
+    note = f"{_esc(metric)} on <b>{_esc(which)}</b>"
+    if len(spans) <= MAX_NAMES:
+        note += ": " + ", ".join(f"{format_value(v, share=share)} {_esc(when)}" for _, when, v in values)
+        ends = ""
+    else:
+        note += f", last stage: {_esc(spans[-1].name)}"
+        ends = _milestone_list(values, share)
+    range_ = (0.0, 1.0) if share and all(0 <= v <= 1 for v in curve.values) else None
+    title = "Held-out accuracy" if share else f"Held-out {_esc(metric)}"
+    return _hero(title, (change.first, change.last), note, drawn, range_, ends)
 
 
-def _milestones(curve: Curve, stages: Sequence[StageSpan]) -> list[str]:
-    """The value at the first evaluation and at the last one within each stage."""
-    share = is_share(curve.name)
-    found = {curve.steps[0]: f"{format_value(curve.values[0], share=share)} at step {curve.steps[0]}"}
-    for stage in stages:
-        inside = [i for i, step in enumerate(curve.steps) if stage.first_step <= step <= stage.last_step]
+def _milestones(curve: Curve, spans: Sequence[Span]) -> list[tuple[Span | None, str, float]]:
+    """(span, when, value) of the first evaluation, which has no span, and of the last one within each stage."""
+    found: list[tuple[Span | None, str, float]] = [(None, f"at step {curve.steps[0]}", curve.values[0])]
+    for place, span in enumerate(spans):
+        inside = [i for i in range(1, len(curve.steps)) if curve.places[i] == place]
         if inside:
             step = curve.steps[inside[-1]]
-            when = f"after {_esc(stage.name)}" if step == stage.last_step else f"at step {step}"
-            found[step] = f"{format_value(curve.values[inside[-1]], share=share)} {when}"
-    return list(found.values())
+            when = f"after {span.name}" if step == span.last_step else f"at step {step}"
+            found.append((span, when, curve.values[inside[-1]]))
+    return found
+
+
+def _milestone_list(values: Sequence[tuple[Span | None, str, float]], share: bool) -> str:
+    """One line with a bar for every stage; 0 is where the bars begin."""
+    finite = [value for _, _, value in values if math.isfinite(value)]
+    longest = 1.0 if share else max(map(abs, finite), default=0.0) or 1.0
+    rows = []
+    for span, when, value in values:
+        width = 100 * min(abs(value), longest) / longest if math.isfinite(value) else 0.0
+        label = _esc(when) if span is None else f"<small>{span.number}</small> {_esc(span.name)}"
+        if span is not None and when.startswith("at "):
+            label += f" <small>{when}</small>"
+        rows.append(
+            f'<li><span>{label}</span><div class="bar"><div style="width:{width:.1f}%"></div></div>'
+            f"<b>{format_value(value, share=share)}</b></li>"
+        )
+    return f'<ol class="ends">{"".join(rows)}</ol>'
 
 
 def _hero(
     title: str,
-    name: str,
     change: tuple[float, float],
     note: str,
-    stages: Sequence[StageSpan],
-    curve: Curve,
+    drawn: tuple[Curve, Sequence[Span]],
     y_range: tuple[float, float] | None = None,
+    below: str = "",
 ) -> str:
-    first, last = (format_value(v, share=is_share(name)) for v in change)
-    span, marks = _span(curve, stages)
+    curve, spans = drawn
+    first, last = (format_value(v, share=is_share(curve.name)) for v in change)
+    wide = " wide" if len(spans) > MAX_NAMES else ""
     return (
-        f'<article class="card hero"><h2>{title}</h2><p class="change"><span>{first}</span>'
+        f'<article class="card hero{wide}"><h2>{title}</h2><p class="change"><span>{first}</span>'
         f'<span class="arrow">→</span><strong>{last}</strong></p><p class="note">{note}</p>'
-        f"{chart(curve, x_range=span, boundaries=marks, tall=True, y_range=y_range)}</article>"
+        f"{chart(curve, spans=spans, tall=True, y_range=y_range)}{below}</article>"
     )
 
 
@@ -277,8 +332,8 @@ def _curves(stages: Sequence[StageSpan], records: Sequence[Mapping[str, Any]]) -
             areas.setdefault(name.split("/", 1)[0], []).append(name)
     sections = []
     for area in sorted(areas, key=lambda a: (order.index(a) if a in order else len(order), a)):
-        curves = [_curve(records, name, bands.get(name)) for name in areas[area]]
-        sections.append(_area(AREAS.get(area, area), curves, stages))
+        curves = [_curve(records, name, bands.get(name), stages) for name in areas[area]]
+        sections.append(_area(AREAS.get(area, area), curves))
     return f'<section><h2 class="head">Curves</h2>{"".join(sections)}</section>' if sections else ""
 
 
@@ -289,22 +344,21 @@ def _has_band(records: Sequence[Mapping[str, Any]], line: str, edges: tuple[str,
     return bool(rows) and all(None not in row for row in rows) and any(row != rows[0] for row in rows)
 
 
-def _area(title: str, curves: Sequence[Curve], stages: Sequence[StageSpan]) -> str:
+def _area(title: str, curves: Sequence[tuple[Curve, Sequence[Span]]]) -> str:
     cards, flat = [], []
-    for curve in curves:
+    for curve, spans in curves:
         if len(curve.steps) > 1 and curve.low is None and len(set(curve.values)) == 1:
             value = format_value(curve.values[0], share=is_share(curve.name))
             steps = f"at all {len(curve.steps)} steps"
             flat.append(f"<li><code>{_esc(curve.name)}</code> <b>{value}</b> <small>{steps}</small></li>")
         else:
-            cards.append(_small_card(curve, stages))
+            cards.append(_small_card(curve, spans))
     constant = f'<ul class="flat">{"".join(flat)}</ul>' if flat else ""
     grid = f'<div class="grid">{"".join(cards)}</div>' if cards else ""
     return f"<h3>{_esc(title)}</h3>{grid}{constant}"
 
 
-def _small_card(curve: Curve, stages: Sequence[StageSpan]) -> str:
-    span, marks = _span(curve, stages)
+def _small_card(curve: Curve, spans: Sequence[Span]) -> str:
     broken = sum(not math.isfinite(v) for v in curve.values)
     note = f'<em class="bad">{broken} not finite</em>' if broken else ""
     if curve.low is not None:
@@ -312,28 +366,33 @@ def _small_card(curve: Curve, stages: Sequence[StageSpan]) -> str:
     value = format_value(curve.values[-1], share=is_share(curve.name))
     return (
         f'<article class="card"><h4><code>{_esc(curve.name)}</code>{note}<b>{value}</b></h4>'
-        f"{chart(curve, x_range=span, boundaries=marks)}</article>"
+        f"{chart(curve, spans=spans)}</article>"
     )
 
 
-def _curve(records: Sequence[Mapping[str, Any]], name: str, band: tuple[str, str] | None) -> Curve:
+def _curve(
+    records: Sequence[Mapping[str, Any]],
+    name: str,
+    band: tuple[str, str] | None,
+    stages: Sequence[StageSpan],
+) -> tuple[Curve, list[Span]]:
+    """The curve, and the stages in which it has points."""
     rows = [r for r in records if name in r]
     steps, values = [r["step"] for r in rows], [float(r[name]) for r in rows]
-    if band is None:
-        return Curve(name, steps, values)
-    low, high = ([float(r[edge]) for r in rows] for edge in band)
-    return Curve(name, steps, values, low, high)
+    low, high = ([float(r[edge]) for r in rows] for edge in band) if band is not None else (None, None)
+    shown = [stage for stage in stages if any(r["stage"] == stage.name for r in rows)]
+    before = [None, *shown]
+    spans = [
+        Span(s.number, s.name, s.first_step, s.last_step, joined=_goes_on(s, previous))
+        for s, previous in zip(shown, before, strict=False)
+    ]
+    index = {stage.name: i for i, stage in enumerate(shown)}
+    return Curve(name, steps, values, low, high, [index[r["stage"]] for r in rows]), spans
 
 
-def _span(curve: Curve, stages: Sequence[StageSpan]) -> tuple[tuple[int, int], list[tuple[int, str]]]:
-    """The steps of the stages in which the curve has points, and the stage boundaries among them."""
-    first, last = curve.steps[0], curve.steps[-1]
-    inside = [s for s in stages if s.last_step >= first and s.first_step <= last]
-    if not inside:
-        return (first, last), []
-    left = min(first, inside[0].first_step)
-    marks = [(s.first_step, s.name) for s in inside] if len(inside) > 1 else []
-    return (left, inside[-1].last_step), marks
+def _goes_on(stage: StageSpan, previous: StageSpan | None) -> bool:
+    """Whether a stage starts from the model of the stage that is shown before it."""
+    return previous is not None and stage.starts_from in (None, previous.name)
 
 
 # --- samples
@@ -459,14 +518,19 @@ def _facts(run: Mapping[str, Any], stages: Sequence[StageSpan]) -> str:
     }
     cards = []
     for title, facts in groups.items():
-        rows = "".join(f"<dt>{_esc(str(k))}<dd>{_esc(str(v))}" for k, v in facts.items())
+        rows = "".join(f"<dt>{_esc(str(k))}<dd>{_breakable(v)}" for k, v in facts.items())
         if rows:
             cards.append(f'<div class="card"><h4>{title}</h4><dl>{rows}</dl></div>')
     full = _esc("\n".join(_outline(recipe)))
     return (
-        f'<section><h2 class="head">Facts</h2><div class="grid">{"".join(cards)}</div>'
+        f'<section><h2 class="head">Facts</h2><div class="grid facts">{"".join(cards)}</div>'
         f'<details class="card full"><summary>The whole recipe, every default filled in</summary><pre>{full}</pre></details></section>'
     )
+
+
+def _breakable(value: Any) -> str:
+    """Escaped, with a break allowed after every / of a path, so that no word of it is cut."""
+    return _esc(str(value)).replace("/", "/<wbr>")
 
 
 def _session_facts(run: Mapping[str, Any]) -> dict[str, str]:
@@ -481,37 +545,64 @@ def _session_facts(run: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-_RECIPE_FACTS = {
-    "model": ("model.path", "model.build.model_type"),
-    "weights": ("model.dtype",),
-    "LoRA rank": ("model.lora.rank",),
-    "data": ("data.path", "data.task"),
-    "learning rate": ("trainer.lr",),
-    "prompts per step": ("trainer.prompts_per_step",),
-    "group size": ("rollout.group_size",),
-    "longest response": ("rollout.max_response_tokens",),
-    "advantage": ("algorithm.advantage",),
-    "aggregation": ("algorithm.aggregation",),
-    "KL coefficient": ("algorithm.kl_coef",),
-    "seed": ("run.seed",),
-    "runtime": ("runtime.backend",),
-}
-_NOT_IN_SFT = ("group size", "advantage", "aggregation", "KL coefficient")
+_POLICY_GRADIENT = ("grpo", "ppo")
+_PAIRS = ("dpo", "online_dpo")
+_RECIPE_FACTS = (  # (label, path, the methods that read it; None: all); of one label the first that has a value
+    ("model", "model.path", None),
+    ("model", "model.build.model_type", None),
+    ("weights", "model.dtype", None),
+    ("LoRA rank", "model.lora.rank", None),
+    ("teacher", "teacher.path", ("distill",)),
+    ("reward model", "reward_model.path", SAMPLING),
+    ("judge", "judge.path", SAMPLING),
+    ("data", "data.path", None),
+    ("data", "data.task", None),
+    ("learning rate", "trainer.lr", None),
+    ("critic's learning rate", "critic.lr", ("ppo",)),
+    ("prompts per step", "trainer.prompts_per_step", None),
+    ("group size", "rollout.group_size", SAMPLING),
+    ("longest response", "rollout.max_response_tokens", SAMPLING),
+    ("losses", "preference.losses", _PAIRS),
+    ("loss", "kto.loss", ("kto",)),
+    ("beta", "preference.beta", _PAIRS),
+    ("beta", "kto.beta", ("kto",)),
+    ("divergence", "distill.divergence", ("distill",)),
+    ("own responses", "distill.on_policy_frac", ("distill",)),
+    ("advantage", "algorithm.advantage", ("grpo",)),
+    ("objective", "algorithm.objective", _POLICY_GRADIENT),
+    ("aggregation", "algorithm.aggregation", _POLICY_GRADIENT),
+    ("KL coefficient", "algorithm.kl_coef", _POLICY_GRADIENT),
+    ("seed", "run.seed", None),
+    ("runtime", "runtime.backend", None),
+)
 
 
 def _recipe_facts(recipe: Mapping[str, Any], stages: Sequence[StageSpan]) -> dict[str, str]:
-    facts = {}
-    for label, paths in _RECIPE_FACTS.items():
-        found = {}
+    found: dict[str, dict[str, str]] = {}
+    for label, path, methods in _RECIPE_FACTS:
         for stage in stages:
-            value = next((v for v in (_lookup(recipe, stage.name, p) for p in paths) if v is not None), None)
-            if value is not None and not (stage.method == "sft" and label in _NOT_IN_SFT):
-                found[stage.name] = str(value)
-        if len(set(found.values())) == 1:
-            facts[label] = next(iter(found.values()))
-        elif found:
-            facts[label] = ", ".join(f"{value} ({name})" for name, value in found.items())
-    return facts
+            value = _lookup(recipe, stage.name, path)
+            if value is not None and (methods is None or stage.method in methods):
+                found.setdefault(label, {}).setdefault(stage.name, _fact(value))
+    return {label: _by_value(values) for label, values in found.items()}
+
+
+def _fact(value: Any) -> str:
+    """A value, or the names of several with their weights where these are not 1."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(name if weight == 1 else f"{weight} {name}" for name, weight in value.items())
+
+
+def _by_value(values: Mapping[str, str]) -> str:
+    """{stage: value} in words: what is the same in all is said once, what many share with their number."""
+    stages_of: dict[str, list[str]] = {}
+    for stage, value in values.items():
+        stages_of.setdefault(value, []).append(stage)
+    if len(stages_of) == 1:
+        return next(iter(stages_of))
+    named = {v: ", ".join(s) if len(s) <= 3 else f"{len(s)} stages" for v, s in stages_of.items()}
+    return "; ".join(f"{value} ({which})" for value, which in named.items())
 
 
 def _lookup(recipe: Mapping[str, Any], stage: str, path: str) -> Any:
@@ -544,16 +635,24 @@ def _outline(value: Any, indent: str = "") -> list[str]:
 
 def _stages(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[StageSpan]:
     """The stages as announced, in order; stages that only the records know come from the records."""
-    spans = {
-        s["name"]: StageSpan(s["name"], s["method"], s["first_step"], s["last_step"]) for s in run["stages"]
-    }
+    recipe = run["recipe"]
+    found = {s["name"]: (s["method"], s["first_step"], s["last_step"]) for s in run["stages"]}
+    announced = set(found)
     for record in metrics:
         name, step = record["stage"], record["step"]
-        if name not in spans:
-            spans[name] = StageSpan(name, name, max(1, step), step)
-        elif name not in {s["name"] for s in run["stages"]}:
-            spans[name] = StageSpan(name, name, spans[name].first_step, step)
-    return sorted(spans.values(), key=lambda s: s.first_step)
+        if name not in announced:
+            first = found[name][1] if name in found else max(1, step)
+            found[name] = (name, first, max(first, step))
+    ordered = sorted(found.items(), key=lambda item: item[1][1])
+    return [
+        StageSpan(name, method, first, last, number, _named_start(recipe, name))
+        for number, (name, (method, first, last)) in enumerate(ordered, 1)
+    ]
+
+
+def _named_start(recipe: Mapping[str, Any], stage: str) -> str | None:
+    path = _lookup(recipe, stage, "model.path")
+    return stage_of(path) if isinstance(path, str) else None
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:

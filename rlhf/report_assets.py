@@ -32,6 +32,10 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .warnings{margin-top:16px;padding:10px 14px;border-radius:8px;background:var(--warn-bg);color:var(--warn);font-size:14px}
 .warnings summary{font-weight:600;cursor:pointer}.warnings li{margin-top:4px;overflow-wrap:anywhere}
 .heroes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px;margin-top:20px}
+.wide{grid-column:1/-1}.ends{margin:14px 0 0;padding:0;list-style:none;columns:300px 4;column-gap:28px}
+.ends li{display:grid;grid-template-columns:minmax(0,1fr) 80px 58px;gap:10px;align-items:center;font-size:13px;
+padding:2px 0;break-inside:avoid}.ends span{overflow-wrap:anywhere}.ends .bar{height:6px}
+.ends b{text-align:right;font-weight:600;font-variant-numeric:tabular-nums}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr));gap:12px}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 14px 10px;min-width:0}
 .hero{padding:16px 18px 12px}.hero h2{font-size:14px;font-weight:600;color:var(--soft)}
@@ -53,7 +57,7 @@ h4 em{font-style:normal;font-size:11.5px;color:var(--faint);white-space:nowrap}.
 white-space:nowrap;pointer-events:none}
 .plot .y{right:100%;margin-right:7px;transform:translateY(-50%)}
 .plot .x{top:100%;margin-top:6px;transform:translateX(-50%)}
-.plot .s{bottom:100%;margin:0 0 3px 1px;color:var(--soft)}
+.plot .s{bottom:100%;padding:0 4px 3px 1px;color:var(--soft);overflow:hidden;text-overflow:ellipsis}
 .plot .rule{position:absolute;top:0;bottom:0;width:1px;background:var(--faint);pointer-events:none}
 .plot .tip{position:absolute;top:-4px;z-index:2;padding:4px 8px;border-radius:6px;background:var(--ink);color:var(--bg);
 font-size:12px;line-height:1.35;white-space:nowrap;pointer-events:none;transform:translate(-50%,-100%)}
@@ -76,10 +80,15 @@ font-variant-numeric:tabular-nums;background:rgba(var(--pill),calc(.04 + .3*var(
 padding:3px 0}.phases .bar{height:6px}.phases b{text-align:right;font-weight:600;font-variant-numeric:tabular-nums}
 .phases small{text-align:right}.phases span{overflow-wrap:anywhere}
 .card h4:not(:has(code)){font-weight:600;font-size:14px}
-dl{display:grid;grid-template-columns:auto 1fr;gap:3px 14px;font-size:13px}dt{color:var(--soft)}
-dd{overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:3px 14px;font-size:13px}dt{color:var(--soft)}
+dd{overflow-wrap:break-word;min-width:0}.facts{grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr))}
 .full{margin-top:12px}.full pre{margin-top:10px;overflow-x:auto}.empty{margin-top:28px;color:var(--soft)}
-@media(max-width:640px){main{padding:18px 14px 48px}.change{font-size:28px}.plot.tall{height:190px}h1{font-size:23px}}
+@media(max-width:640px){main{padding:18px 14px 48px}.change{font-size:28px}.plot.tall{height:190px}h1{font-size:23px}
+table{min-width:0}thead{display:none}table,tbody,td{display:block}
+tr{display:grid;grid-template-columns:1fr auto;border-top:1px solid var(--rule);padding:8px 14px}
+td,td:nth-child(n+3){border:0;padding:2px 0;width:auto}td:nth-child(-n+2){grid-column:1/-1}
+td:nth-child(-n+2)::before{color:var(--soft);font-size:12px;content:"prompt"}td:nth-child(2)::before{content:"response"}
+.end{text-align:right}.phases li{grid-template-columns:90px 1fr 66px 38px}}
 @media print{body{background:#fff}.card,.samples .list{break-inside:avoid}}
 """
 
@@ -91,11 +100,11 @@ for(const plot of document.querySelectorAll('.plot')){
  rule.className='rule';tip.className='tip';
  const leave=()=>{rule.remove();tip.remove()};
  plot.addEventListener('pointermove',e=>{
-  const box=plot.getBoundingClientRect(),at=c.r[0]+(e.clientX-box.left)/box.width*(c.r[1]-c.r[0]);
-  let i=0;for(let k=1;k<c.x.length;k++)if(Math.abs(c.x[k]-at)<Math.abs(c.x[i]-at))i=k;
-  const left=100*(c.x[i]-c.r[0])/(c.r[1]-c.r[0]);
+  const box=plot.getBoundingClientRect(),at=(e.clientX-box.left)/box.width*1000;
+  let i=0;for(let k=1;k<c.x.length;k++)if(Math.abs(c.at[k]-at)<Math.abs(c.at[i]-at))i=k;
+  const left=c.at[i]/10;
   rule.style.left=left+'%';tip.style.left=Math.min(86,Math.max(14,left))+'%';
-  tip.textContent='step '+c.x[i]+': '+show(c.y[i],c.p)+
+  tip.textContent=(c.n?c.n[c.k[i]]+', ':'')+'step '+c.x[i]+': '+show(c.y[i],c.p)+
    (c.l&&c.l[i]!==null&&c.l[i]!==undefined?'  ('+show(c.l[i],c.p)+' to '+show(c.h[i],c.p)+')':'');
   plot.append(rule,tip)});
  plot.addEventListener('pointerleave',leave);

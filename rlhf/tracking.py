@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +49,12 @@ if TYPE_CHECKING:
 Status = Literal["finished", "failed", "interrupted", "preempted"]
 
 MEASURED_AREAS = ("time", "perf", "cache")
-MEASURED = ("rollout/preempted", "robust/rollout_retries", "robust/restarts", "robust/checkpoint_s")
+MEASURED = ("rollout/preempted", "rollout/forward_passes")
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets")
 _REASONS_SHOWN = 5  # distinct reasons of masked responses named for one step
+_STAGES_IN_A_LINE = 3  # of the summary's milestones; more stages are a table
+_START = "(start)"  # its row for the first evaluation
 _REPORT_SHARE = 0.02  # of the run's time may go into rewriting the report
 
 
@@ -185,8 +188,9 @@ class Tracker:
         self._save_run()
 
     def warn(self, text: str) -> None:
-        """Say something that is no metric, in the terminal and in the report."""
-        self._run["warnings"].append(text)
+        """Say something that is no metric, in the terminal and, once, in the report."""
+        if text not in self._run["warnings"]:  # a resumed run comes by the same places again
+            self._run["warnings"].append(text)
         self._guard("terminal", lambda: self._console.warn(text))
         self._save_run()
 
@@ -229,7 +233,9 @@ class Tracker:
                 file.close()
             else:  # a full disk must not hide what stopped the run
                 self._guard(file.path.name, file.close)
-        self._guard("terminal", lambda: self._console.end_run(status, facts=self._summary()))
+        self._guard(
+            "terminal", lambda: self._console.end_run(status, facts=self._summary(), ends=self._ends())
+        )
         self._save_run()
 
     def _say_masked(self, step: int, rollouts: Sequence[Rollout], masked: Sequence[str | None]) -> None:
@@ -269,10 +275,10 @@ class Tracker:
             "stages": before.get("stages", []) if self._resume_step is not None else [],
             "sessions": [*sessions, {"started": now, "updated": now, "resume_step": self._resume_step}],
             "versions": _versions(),
-            "facts": {},
-            "warnings": [],
+            "facts": before.get("facts", {}) if self._resume_step is not None else {},
+            "warnings": before.get("warnings", []) if self._resume_step is not None else [],
             "dropped": {},
-            "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
+            "wandb_id": secrets.token_hex(4),
             "recipe": recipe,
         }
 
@@ -329,9 +335,15 @@ class Tracker:
         return kept is None
 
     def _start_wandb(self, recipe: Mapping[str, Any]) -> None:
+        """Open a new run in wandb and log what a resumed run has behind it: a run that was killed may have logged steps
+        which come again, and wandb takes nothing back."""
         self._wandb = _Wandb(
             self.run_dir, self._config, run_id=self._run["wandb_id"], name=self._run["name"], recipe=recipe
         )
+        measured = {(r["step"], r["stage"]): _numbers(decode_metrics(r)) for r in self._timings.kept}
+        for record in map(decode_metrics, self._metrics.kept):
+            more = measured.get((record["step"], record["stage"]), {})
+            self._wandb.log({"step": record["step"], **_numbers(record), **more})
 
     def _guard(self, sink: str, call: Callable[[], object]) -> None:
         """The fault boundary of everything that is not the record: count what fails, say it once, go on."""
@@ -348,8 +360,11 @@ class Tracker:
 
     def _summary(self) -> list[tuple[str, str]]:
         facts = []
-        for change in heldout_changes(self._headlines):
-            facts.append((f"held out, {change.name.removeprefix('eval/')}", self._milestones(change.name)))
+        if not self._ends():
+            for change in heldout_changes(self._headlines):
+                facts.append(
+                    (f"held out, {change.name.removeprefix('eval/')}", self._milestones(change.name))
+                )
         if any("reward/mean" in r for r in self._headlines):
             first, last, _ = trend_of(self._headlines, "reward/mean")
             facts.append(("training reward", f"{format_value(first)} → {format_value(last)}"))
@@ -359,19 +374,34 @@ class Tracker:
 
     def _milestones(self, name: str) -> str:
         """The metric's first value, and its last one in every stage: "1.0 % → 43.0 % (warmup) → 95.0 % (grpo)"."""
-        records = [r for r in self._headlines if name in r]
-        last_of = {r["stage"]: r[name] for r in records[1:]}
-        shown = [format_value(records[0][name], share=is_share(name))]
-        for stage, value in last_of.items():
-            label = f" ({stage})" if len(last_of) > 1 else ""
-            shown.append(format_value(value, share=is_share(name)) + label)
+        (_, first), *last_of = self._ends_of(name).items()
+        shown = [first]
+        shown += [f"{value} ({stage})" if len(last_of) > 1 else value for stage, value in last_of]
         return " → ".join(shown)
+
+    def _ends(self) -> list[list[str]]:
+        """The same as rows of a table, a heading first and a column for every held-out set, where the stages are more
+        than fit into a line; else none."""
+        names = [change.name for change in heldout_changes(self._headlines)]
+        columns = {name.removeprefix("eval/"): self._ends_of(name) for name in names}
+        if all(len(column) <= _STAGES_IN_A_LINE + 1 for column in columns.values()):
+            return []
+        stages = dict.fromkeys(stage for column in columns.values() for stage in column)
+        rows = [[stage, *(column.get(stage, "") for column in columns.values())] for stage in stages]
+        return [["held out, after", *columns], *rows]
+
+    def _ends_of(self, name: str) -> dict[str, str]:
+        """{"start": the metric's first value, stage: its last value there}, in words."""
+        share = is_share(name)
+        first, *later = [r for r in self._headlines if name in r]
+        last_of = {r["stage"]: format_value(r[name], share=share) for r in later}
+        return {_START: format_value(first[name], share=share), **last_of}
 
 
 class _Wandb:
-    """Weights & Biases as a sink: same names, `step` as the axis, the same run id when a run resumes. Offline
-    it needs neither account nor network; nothing about machine, code or command line is sent. Any call may
-    raise."""
+    """Weights & Biases as a sink: same names, `step` as the axis, starts of one run in one group. Offline it needs
+    neither account nor network, and the files of earlier starts go; nothing about machine, code or command line is
+    sent. Any call may raise."""
 
     def __init__(
         self, run_dir: Path, config: TrackingConfig, *, run_id: str, name: str, recipe: Mapping[str, Any]
@@ -401,11 +431,14 @@ class _Wandb:
             project=config.wandb_project,
             name=name,
             id=run_id,
-            resume="allow",
+            group=name,
             dir=str(run_dir),
             config=dict(recipe),
             settings=settings,
         )
+        for earlier in (run_dir / "wandb").glob("offline-run-*"):
+            if not earlier.name.endswith(f"-{run_id}"):
+                shutil.rmtree(earlier)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

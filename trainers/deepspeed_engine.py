@@ -219,6 +219,7 @@ class TrainingEngine:
                 f"trainer.optimizer={config.optimizer} reads whole matrices, which ZeRO flattens: use "
                 "trainer.zero_stage: 0 and model.dtype: float32 (bfloat16 always runs under ZeRO 1)"
             )
+        self._watched_steps = self._steps_to_watch = _steps_until_all_move(self._trained)
         self._optimizer = make_optimizer(model, config)
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self._state = self._state_layout()
@@ -230,8 +231,6 @@ class TrainingEngine:
             model, deepspeed_config(config, dtype=dtype, info=info, num_trained=num_trained)
         )
         self._create_state()
-        # An adapter's A moves with the second step, when its B is no longer 0.
-        self._watched_steps = 2 if any("lora_A" in name for name in self._trained) else 1
         self._at_start: dict[str, int] | None = None
         self.version = 0  # optimiser steps applied
         self.updates = 0  # optimiser steps tried: the learning rate's position
@@ -297,7 +296,7 @@ class TrainingEngine:
         total, collected = self._accumulate(micro_batches, loss_fns)
         fault_point("optimizer.before")
         if self.version == 0 and self._at_start is None:
-            self._at_start = self._fingerprints()
+            self._at_start, self._steps_to_watch = self._fingerprints(), self._watched_steps
         grad_norm, applied = self._step_whole() if self._stage == 0 else self._step_zero()
         self.updates += 1
         self.version += applied
@@ -312,7 +311,7 @@ class TrainingEngine:
             lr=lr,
             skipped=not applied,
             sums=sums,
-            unchanged=self._unchanged(),
+            unchanged=self._unchanged(had_gradient=applied and grad_norm > 0.0),
         )
 
     def _accumulate(
@@ -380,9 +379,13 @@ class TrainingEngine:
 
     # -- what did not move -----------------------------------------------------------------------------------
 
-    def _unchanged(self) -> tuple[str, ...]:
-        """After the last of the first steps: the trained parameters that are what they were, on every process."""
-        if self.version != self._watched_steps or self._at_start is None:
+    def _unchanged(self, *, had_gradient: bool) -> tuple[str, ...]:
+        """After the last of the first steps that had a gradient: the trained parameters that are what they were, on every
+        process."""
+        if self._at_start is None:
+            return ()
+        self._steps_to_watch -= had_gradient
+        if self._steps_to_watch:
             return ()
         before, self._at_start = self._at_start, None
         now = self._fingerprints()
@@ -442,20 +445,20 @@ class TrainingEngine:
     # -- full weights ----------------------------------------------------------------------------------------
 
     def named_full_weights(
-        self, *, merged: bool = True, trained_only: bool = False
+        self, *, merged: bool = True, trained_only: bool = False, exact: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole, detached, in the model's dtype, tied ones once; with `trained_only` those that
         the optimiser moves, unmerged.
 
         With `merged`, a LoRA model is shown as the plain model that it is equivalent to: adapters added to
-        the weights they adapt, names without peft's prefixes. Under ZeRO-3 the tensors are copies and every
+        the weights they adapt, names without peft's prefixes; `exact` leaves those sums in fp32. Under ZeRO-3 the tensors are copies and every
         process must take them all; otherwise they are the live weights wherever nothing was merged.
         """
         module = self.module
         if trained_only:
             yield from self._plain_weights(self._trained)
         elif merged and _is_peft(module):
-            yield from self._merged_weights(module.get_base_model())
+            yield from self._merged_weights(module.get_base_model(), exact=exact)
         else:
             yield from self._plain_weights(dict(module.named_parameters()))
 
@@ -464,7 +467,7 @@ class TrainingEngine:
         """Whether some parameters never change."""
         return any(not p.requires_grad for p in self.module.parameters())
 
-    def _merged_weights(self, base: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    def _merged_weights(self, base: torch.nn.Module, *, exact: bool) -> Iterator[tuple[str, torch.Tensor]]:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -481,7 +484,8 @@ class TrainingEngine:
                 own = layer.get_base_layer()
                 weights = {f"{name}.{n}": self._own(p) for n, p in own.named_parameters()}
                 delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-                merged = (own.weight.detach().float() + delta.detach()).to(own.weight.dtype)
+                merged = own.weight.detach().float() + delta.detach()
+                merged = merged if exact else merged.to(own.weight.dtype)
             weights[f"{name}.weight"] = merged
             yield from weights.items()
 
@@ -665,6 +669,14 @@ class TrainingEngine:
             p.grad = None
         del self._engine, self._optimizer, self._trained, self._groups
         gc.collect()
+
+
+def _steps_until_all_move(trained: Mapping[str, torch.Tensor]) -> int:
+    """1, and one more for each factor of 0 that the gradients of others pass: the B of adapters, a scoring head that
+    starts at 0."""
+    adapters = any("lora_A" in name for name in trained)
+    zero_head = any("score" in name.split(".") and not p.detach().any() for name, p in trained.items())
+    return 1 + adapters + zero_head
 
 
 def stand_in(empty: Batch) -> Batch:

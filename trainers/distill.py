@@ -2,7 +2,8 @@
 
 Offline distillation (1503.02531) and GKD (arXiv 2306.13649): `distill.on_policy_frac` of the steps learn from the
 student's own responses. With divergence sampled_kl the reverse KL of each sampled token is the advantage of a policy
-gradient. The divergences are in `rlhf.divergence`.
+gradient. The divergences are in `rlhf.divergence`: of the teacher's likeliest tokens, or with `distill.top_k: all` of
+whole distributions, whose logits the update asks the teacher beside it for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def train_distill(stage: Stage) -> None:
             loss, taught = "policy", with_teacher_advantages(stage, batch)
             stage.note({"distill/divergence": -float(taught.advantages[batch.loss_mask].mean())})
         else:
-            loss, taught = "distill", stage.teacher.top(batch)
+            loss, taught = "distill", batch if d.top_k == "all" else stage.teacher.top(batch)
         updates = [stage.update(part, loss) for part in stage.minibatches(taught, by_groups=False)]
         stage.publish()
         stage.track(step, rollouts=rollouts, batch=batch, updates=updates)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from rlhf.batching import make_preference_batch
 from rlhf.preference import COUPLED, with_baselines
+from rlhf.recipe import rules
 from rlhf.records import Batch
 from rlhf.trainers.deepspeed_engine import UpdateStats
 from rlhf.trainers.stage import Stage
@@ -25,7 +26,7 @@ def train_dpo(stage: Stage) -> None:
 
 def preference_updates(stage: Stage, batch: Batch) -> list[UpdateStats]:
     """The step's optimiser steps on its pairs. What couples pairs is taken over the whole minibatch first."""
-    settings, updates = stage.recipe.preference, []
+    settings, updates = rules.decided_preference(stage.recipe), []
     for minibatch in stage.minibatches(batch, by_groups=True):
         if COUPLED & settings.losses.keys():
             minibatch = with_baselines(minibatch, stage.actor.score(minibatch), settings)

@@ -11,6 +11,7 @@ import torch
 from rlhf.batching import make_preference_batch
 from rlhf.data import PromptDataset
 from rlhf.pass_at_k import majority, pass_at_k
+from rlhf.recipe import rules
 from rlhf.recipe.schema import EvaluationConfig
 from rlhf.records import Batch, Rollout, RolloutGroup
 from rlhf.reward import Scorer
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from rlhf.trainers.stage import Stage
 
 _PAIRS_AT_ONCE = 256
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", "truncated_frac", "reward_undesirable"}
+)  # of `eval/<set>/...`
 
 
 def evaluate(
@@ -118,7 +122,8 @@ def _scores(stage: Stage, batch: Batch) -> torch.Tensor:
         else:
             scores = scores - sequence_logprobs(batch.ref_logprobs, batch.loss_mask)
         recipe = stage.recipe
-        scores = (recipe.kto if recipe.method == "kto" else recipe.preference).beta * scores
+        of_losses = recipe.kto if recipe.method == "kto" else rules.decided_preference(recipe)
+        scores = of_losses.beta * scores
     return (scores[0::2] - scores[1::2]).float()
 
 

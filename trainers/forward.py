@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from rlhf.batching import unpack
-from rlhf.divergence import collision_entropy, distill_loss, topk_divergence
+from rlhf.divergence import collision_entropy, distill_loss, logits_divergence, topk_divergence
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.kto import LABEL_LOSSES
 from rlhf.logprobs import batch_logits, batch_logprobs, target_ids
@@ -85,11 +86,12 @@ def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 
 def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """DPO and its family."""
-    if not recipe.preference.wpo:
+    settings = rules.decided_preference(recipe)
+    if not settings.wpo:
         logprobs, _ = batch_logprobs(
             model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
         )
-        return preference_loss(micro, logprobs, recipe.preference)
+        return preference_loss(micro, logprobs, settings)
     packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
     logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
     spread = collision_entropy(logits.detach(), temperature=1.0)
@@ -97,7 +99,7 @@ def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     return preference_loss(
         micro,
         unpack(packed, logprobs, like),
-        recipe.preference,
+        settings,
         collision_entropy=unpack(packed, spread, like),
     )
 
@@ -124,12 +126,20 @@ def value(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     return bind(value_loss, recipe.critic)(micro, batch_values(model, micro))
 
 
-def distill(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
-    """Distance to the teacher at every token of the loss mask."""
+def distill(
+    recipe: Recipe, model: torch.nn.Module, micro: Batch, *, teacher: torch.nn.Module | None = None
+) -> Loss:
+    """Distance to the teacher at every token of the loss mask: to the whole distributions of `teacher`, or to what the
+    batch holds of them."""
     d, like = recipe.distill, micro.token_ids
     packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
-    at = (packed.rows, packed.cols)
-    distance = bind(topk_divergence, d)(logits, micro.teacher_ids[at], micro.teacher_logprobs[at])
+    if teacher is not None:
+        with torch.no_grad():
+            _, teacher_logits = batch_logits(teacher, micro, targets=micro.loss_mask)
+        distance = bind(logits_divergence, d)(logits, teacher_logits)
+    else:
+        at = (packed.rows, packed.cols)
+        distance = bind(topk_divergence, d)(logits, micro.teacher_ids[at], micro.teacher_logprobs[at])
     logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
     return bind(distill_loss, d)(micro, unpack(packed, logprobs, like), unpack(packed, distance, like))
 
@@ -149,7 +159,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 }
 
 
-def loss_function(name: str, recipe: Recipe, **changing: float) -> Callable[[torch.nn.Module, Batch], Loss]:
-    """`(model, micro-batch) -> (share of the step's loss, sums)`; `changing` are settings that differ from step to
-    step."""
+def loss_function(name: str, recipe: Recipe, **changing: Any) -> Callable[[torch.nn.Module, Batch], Loss]:
+    """`(model, micro-batch) -> (share of the step's loss, sums)`; `changing` is what a loss takes that is not in the
+    recipe: settings that differ from step to step, another model."""
     return partial(LOSSES[name], recipe, **changing)

@@ -22,7 +22,12 @@ def train_grpo(stage: Stage) -> None:
         groups = [*fresh, *stage.replayed(fresh, step)]
         rollouts = flatten(groups)
         group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
-        batch = make_batch(rollouts, group_ids=group_ids, mask_truncated=algorithm.mask_truncated)
+        batch = make_batch(
+            rollouts,
+            group_ids=group_ids,
+            mask_truncated=algorithm.mask_truncated,
+            correct_above=algorithm.correct_above,
+        )
         batch = stage.scored(batch)
         if algorithm.advantage == "remax":
             batch = batch.replace(baselines=stage.greedy_rewards(groups, step))

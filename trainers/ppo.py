@@ -15,13 +15,15 @@ from rlhf.trainers.stage import Stage
 
 def train_ppo(stage: Stage) -> None:
     """Run the stage's remaining steps; `stage` resumes, publishes, evaluates, tracks and saves around them."""
-    r = stage.recipe
+    r, a = stage.recipe, stage.recipe.algorithm
     loss = "policy_and_value" if r.shares_trunk else "policy"
     for step in stage.steps():
         groups = stage.generate(stage.next_rows(), step)
         rollouts = stage.reward(flatten(groups))
         group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
-        batch = make_batch(rollouts, group_ids=group_ids, mask_truncated=r.algorithm.mask_truncated)
+        batch = make_batch(
+            rollouts, group_ids=group_ids, mask_truncated=a.mask_truncated, correct_above=a.correct_above
+        )
         batch = stage.scored(batch)
         batch = with_gae(batch, stage.policy_settings)
         batch = stage.with_covariance(batch, step)

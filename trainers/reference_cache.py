@@ -54,21 +54,16 @@ class ReferenceCache:
         score: Callable[[Batch], torch.Tensor],
         fingerprint: Identity,
     ) -> ReferenceCache:
-        """A new cache, written to `path`. `score` gives (B, T) log-probs of a batch's response tokens. Raises ValueError
-        for an id that stands for two samples."""
+        """A new cache, written to `path`. `score` gives (B, T) log-probs of a batch's response tokens; a row that comes
+        several times, as in a mixture, is scored once. Raises ValueError for an id that stands for two rows."""
         logprobs: dict[str, torch.Tensor] = {}
-        for dataset in datasets.values():
-            for start in range(0, len(dataset), _ROWS_AT_ONCE):
-                rows = [dataset[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(dataset)))]
-                batch = make_batch(rows)
-                scores = score(batch)
-                fault_point("reference.mid")
-                for i, sample in enumerate(batch.sample_ids):
-                    if sample in logprobs:
-                        raise ValueError(
-                            f"two samples have the id {sample!r}; give the evaluation set another name"
-                        )
-                    logprobs[sample] = scores[i][batch.loss_mask[i]].clone()
+        rows = _different_rows(datasets)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            batch = make_batch(rows[start : start + _ROWS_AT_ONCE])
+            scores = score(batch)
+            fault_point("reference.mid")
+            for i, sample in enumerate(batch.sample_ids):
+                logprobs[sample] = scores[i][batch.loss_mask[i]].clone()
         cache = cls(logprobs)
         cache._write(path, _made_from(datasets, fingerprint))
         return cache
@@ -94,6 +89,17 @@ class ReferenceCache:
         flush_to_disk(partial)
         partial.rename(path)
         flush_to_disk(path.parent)
+
+
+def _different_rows(datasets: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Every row of the sets once, in their order."""
+    rows: dict[str, Any] = {}
+    for dataset in datasets.values():
+        for i in range(len(dataset)):
+            row = dataset[i]
+            if rows.setdefault(row.id, row) != row:
+                raise ValueError(f"two rows have the id {row.id!r}; give the evaluation set another name")
+    return list(rows.values())
 
 
 def _made_from(datasets: Mapping[str, Any], fingerprint: Identity) -> str:

@@ -113,6 +113,20 @@ def reward_metrics(
     return metrics
 
 
+def merged_metrics(calls: Sequence[tuple[Sequence[Rollout], Mapping[str, float]]]) -> dict[str, float]:
+    """The metrics of several calls of a scorer as one: those of rewards over all rollouts, any other as the mean of its
+    calls by their number of rollouts, without those that gave NaN."""
+    if len(calls) == 1:
+        return dict(calls[0][1])
+    means: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, stats in calls for name in stats):
+        known = [(len(r), s[name]) for r, s in calls if not math.isnan(s.get(name, math.nan))]
+        total = sum(count for count, _ in known)
+        means[name] = sum(count * value for count, value in known) / total if known else math.nan
+    parts = [name.split("/")[1] for name in means if name.startswith("reward/") and name.count("/") == 2]
+    return reward_metrics([r for rollouts, _ in calls for r in rollouts], parts, means)
+
+
 def shorten(rollouts: Sequence[Rollout], recipe: Recipe) -> list[Rollout]:
     """The rollouts with DAPO's penalty for coming close to the longest response allowed."""
     a, longest = recipe.algorithm, recipe.rollout.max_response_tokens

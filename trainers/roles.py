@@ -100,6 +100,11 @@ class Actor:
         with self._clock.phase("score"):
             return _score(self.group, "score_rewards", batch, self._max_tokens, "actor")
 
+    def step_scores(self, batch: Batch) -> torch.Tensor:
+        """(B, T) fp32: logits at the steps' last tokens, where the actor is a process reward model."""
+        with self._clock.phase("score"):
+            return _score(self.group, "score_steps", batch, self._max_tokens, "actor")
+
     def update(self, *parts: tuple[Batch, str], **changing: float) -> UpdateStats:
         """One optimiser step on whole batches, each with its loss (a name in `trainers.forward.LOSSES`)."""
         with self._clock.phase("update"):
@@ -149,7 +154,7 @@ class Reference:
 
 
 class RewardModel:
-    """A frozen model that scores whole responses."""
+    """A frozen model that scores whole responses, or their steps."""
 
     def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
         self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
@@ -158,6 +163,15 @@ class RewardModel:
         """(B,) fp32: the score at each row's last token."""
         with self._clock.phase("reward_model"):
             return _score(self.group, "score_rewards", batch, self._max_tokens, "reward")
+
+    def step_scores(self, batch: Batch) -> torch.Tensor:
+        """(B, T) fp32: of a process reward model, logits at the steps' last tokens, which the loss mask marks."""
+        with self._clock.phase("reward_model"):
+            return _score(self.group, "score_steps", batch, self._max_tokens, "reward")
+
+    def step_separator(self) -> str | None:
+        """What ends every step that a process reward model judges; None for any other model."""
+        return self.group.call("step_separator")[0]
 
 
 class JudgeModel:
@@ -209,6 +223,7 @@ class Sampler:
         self, group: Any, clock: Clock, *, seed: int, decode: Callable[[Sequence[int]], str]
     ) -> None:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
+        self._engine_stats: list[Mapping[str, float]] = []  # of every call and engine since `take_stats`
 
     def generate(
         self,
@@ -238,11 +253,27 @@ class Sampler:
         engines = self.group.size
         with self._clock.phase("rollout"):
             results = self.group.call_each("generate", [(requests[e::engines],) for e in range(engines)])
+        self._engine_stats += self.group.call("rollout_stats")
         completions = [results[i % engines][i // engines] for i in range(len(requests))]
         return [
             RolloutGroup(prompt, tuple(self._rollout(f"{step}/{i}/{c.index}", prompt, c) for c in group))
             for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True), first)
         ]
+
+    def take_stats(self) -> dict[str, float]:
+        """What the engines say of their work since the last call; {} if there was none. It depends on how the prompts
+        are shared out and on the cache's size, and is no function of the recipe."""
+        taken, self._engine_stats = [s for s in self._engine_stats if s["rollout/prefill_tokens"]], []
+        if not taken:
+            return {}
+        prefill = sum(s["rollout/prefill_tokens"] for s in taken)
+        found = sum(s["rollout/prefill_tokens"] * s["cache/hit_frac"] for s in taken)
+        return {
+            "cache/hit_frac": found / prefill,
+            "cache/used_frac": max(s["cache/used_frac"] for s in taken),
+            "rollout/preempted": float(sum(s["rollout/preempted"] for s in taken)),
+            "rollout/forward_passes": float(sum(s["rollout/forward_passes"] for s in taken)),
+        }
 
     def _rollout(self, sample_id: str, prompt: Prompt, completion: Any) -> Rollout:
         return Rollout(

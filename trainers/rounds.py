@@ -1,7 +1,7 @@
 """A step's scored groups: one round of sampling, or as many as dynamic sampling needs.
 
-Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2) drops groups whose rewards are all equal, which have no
-advantage, and samples further prompts until the step is full. Rounds are capped: after algorithm.max_sampling_rounds a
+Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2) drops groups whose responses are all as good, and samples further
+prompts until the step is full. How good a response is says its reward before the penalty on its length. Rounds are capped: after algorithm.max_sampling_rounds a
 step goes on with the groups it has, and with all of the last round where it has none.
 """
 
@@ -19,7 +19,7 @@ def scored_groups(stage: Stage, step: int) -> list[RolloutGroup]:
     """The step's groups with rewards, in the order of their prompts."""
     wanted, algorithm = stage.recipe.trainer.prompts_per_step, stage.recipe.algorithm
     if not algorithm.dynamic_sampling:
-        return _round(stage, step, first=0)
+        return _penalized(stage, _round(stage, step, first=0))
     kept: list[RolloutGroup] = []
     sampled = 0
     for _ in range(algorithm.max_sampling_rounds):
@@ -35,12 +35,16 @@ def scored_groups(stage: Stage, step: int) -> list[RolloutGroup]:
             "rollout/groups_unused": float(max(len(kept) - wanted, 0)),
         }
     )
-    return kept[:wanted] or groups
+    return _penalized(stage, kept[:wanted] or groups)
 
 
 def _round(stage: Stage, step: int, *, first: int) -> list[RolloutGroup]:
     groups = stage.generate(stage.next_rows(), step, first=first)
-    return regroup(groups, stage.reward(flatten(groups)))
+    return regroup(groups, stage.judged(flatten(groups)))
+
+
+def _penalized(stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    return regroup(groups, stage.penalized(flatten(groups)))
 
 
 def regroup(groups: Sequence[RolloutGroup], rollouts: Sequence[object]) -> list[RolloutGroup]:

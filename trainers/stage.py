@@ -8,7 +8,9 @@ checkpoint. What several loops do alike within a step is here too; sampling roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,14 @@ from rlhf.rollout import SamplingParams
 from rlhf.settings import bind
 from rlhf.tracking import Tracker
 from rlhf.trainers.deepspeed_engine import UpdateStats
-from rlhf.trainers.evaluate import evaluate, evaluate_pairs
+from rlhf.trainers.evaluate import LOWER_IS_BETTER, evaluate, evaluate_pairs
 from rlhf.trainers.forward import POLICY_LOSSES
+from rlhf.trainers.held_out import evaluate_rows
 from rlhf.trainers.metrics import rollout_metrics, staleness_metrics, update_metrics
 from rlhf.trainers.reference_cache import ReferenceCache
 from rlhf.trainers.replay import Replay
-from rlhf.trainers.rewarding import RewardSum, shorten
+from rlhf.trainers.reward_scale import store_scale
+from rlhf.trainers.rewarding import RewardSum, merged_metrics, shorten
 from rlhf.trainers.roles import Actor, Clock, Critic, Reference, Sampler, Teacher
 from rlhf.trainers.weights import publish
 
@@ -63,7 +67,7 @@ class Progress:
     skipped_in_a_row: int = 0  # by the actor, for a non-finite loss or gradient
     critic_skipped_in_a_row: int = 0
     kl_coef: float = 0.0  # as it is now: it may adapt
-    best: float | None = None  # highest value of evaluation.keep_best so far
+    best: float | None = None  # best value of evaluation.keep_best so far
 
 
 @dataclass
@@ -91,17 +95,19 @@ class Stage:
     ptx_data: Any = None
     prompt_data: Any = None  # prompts of a method whose data is something else
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the data's answers by prompt id
+    held_out: Mapping[str, Any] = field(default_factory=dict)  # rows of the data's kind
     identity: Mapping[str, Mapping[str, str]] = field(
         default_factory=dict
     )  # what it was started with; in checkpoints
     export: Callable[[Path], None] = lambda folder: None  # writes the model as it is now
-    evaluated: bool = False  # the model that it starts from was evaluated at the end of an earlier stage
+    evaluated: Collection[str] = ()  # eval_sets of which an earlier stage's end has this start's values
     should_stop: Callable[[], bool] = lambda: False
     progress: Progress = field(default_factory=Progress)
 
     _metrics: dict[str, float] = field(default_factory=dict, init=False)
     _timings: dict[str, float] = field(default_factory=dict, init=False)
-    _reward_stats: dict[str, float] = field(default_factory=dict, init=False)  # of the rollouts scored last
+    # rollouts of the step and the metrics of their rewards, one entry for each call of the scorer
+    _judged: list[tuple[list[Rollout], dict[str, float]]] = field(default_factory=list, init=False)
     _published: int = field(default=-1, init=False)  # version of the weights that the sampler holds
     _cache: ReferenceCache | None = field(default=None, init=False)
     _curriculum: Curriculum | None = field(default=None, init=False)
@@ -121,7 +127,7 @@ class Stage:
         """Indices of the remaining steps, from 0. Everything between two steps happens in here."""
         self.publish()  # a resumed actor is not what the engines have loaded
         if self.progress.step == 0:
-            self._evaluate(self.eval_sets if not self.evaluated else {})
+            self._evaluate({n: rows for n, rows in self.eval_sets.items() if n not in self.evaluated})
             self._write_record()
         for step in range(self.progress.step, self.total_steps):
             if self.should_stop():
@@ -180,14 +186,22 @@ class Stage:
         )
 
     def reward(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their rewards, the penalty on overlong ones included. A curriculum remembers the rewards."""
+        """The rollouts with their rewards, the penalty on overlong ones included."""
+        return self.penalized(self.judged(rollouts))
+
+    def judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with what they earn for what they say: no penalty on their length. A curriculum remembers it."""
         if self.scorer is None:
             return list(rollouts)
         scored = self.scorer.score(rollouts)
-        self._reward_stats = dict(self.scorer.stats)
+        self._judged.append((scored, dict(self.scorer.stats)))
         if self._curriculum is not None:
             self._curriculum.remember(scored)
-        return shorten(scored, self.recipe)
+        return scored
+
+    def penalized(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Judged rollouts with the penalty on overlong ones."""
+        return list(rollouts) if self.scorer is None else shorten(rollouts, self.recipe)
 
     def greedy_rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:
         """(B,) fp32: for every rollout, the reward of the greedy answer to its prompt (ReMax's baseline)."""
@@ -342,6 +356,25 @@ class Stage:
         self._published = self.progress.version
         self._timings["perf/published_bytes"] = float(report.bytes)
 
+    @contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """Within it the actor has the weights that an export writes: with trainer.ema_decay their moving average. The
+        rollout engines follow with `publish`, and are back at the actor's own afterwards."""
+        if self.recipe.trainer.ema_decay is None:
+            yield
+            return
+        held, self._published = self._published, -1
+        self.actor.group.call("show_average", True)
+        try:
+            yield
+        finally:
+            self.actor.group.call("show_average", False)
+        if self._published < 0:  # nothing was sampled
+            self._published = held
+        else:
+            self._published = -1
+            self.publish()
+
     def refresh_reference(self, step: int) -> None:
         """Move the reference towards the actor where `reference.update_every` says so."""
         config = self.recipe.reference
@@ -390,7 +423,8 @@ class Stage:
 
     def _track_rollouts(self, step: int, rollouts: Sequence[Rollout], batch: Batch | None) -> None:
         scored = any(r.reward is not None or r.reward_error is not None for r in rollouts)
-        self._metrics |= rollout_metrics(rollouts) | (self._reward_stats if scored else {})
+        self._metrics |= rollout_metrics(rollouts) | (merged_metrics(self._judged) if scored else {})
+        self._judged = []
         self._metrics["weights/version"] = float(self.progress.version)
         if batch is not None and batch.advantages is not None:
             self._metrics |= advantage_metrics(batch)
@@ -417,10 +451,11 @@ class Stage:
         algorithm = self.recipe.algorithm
         if algorithm.kl_target is None or "policy/kl_ref" not in self._metrics:
             return
-        mean_tokens = self._metrics["rollout/response_tokens_mean"]
+        kl = self._metrics["policy/kl_ref"] * self._metrics["rollout/response_tokens_mean"]
         self._metrics["policy/kl_coef"] = self.progress.kl_coef
-        adapt = bind(adaptive_kl_coef, algorithm, num_samples=num_samples)
-        self.progress.kl_coef = adapt(self.progress.kl_coef, self._metrics["policy/kl_ref"] * mean_tokens)
+        if math.isfinite(kl):  # else an update was skipped, which is counted where it is
+            adapt = bind(adaptive_kl_coef, algorithm, num_samples=num_samples)
+            self.progress.kl_coef = adapt(self.progress.kl_coef, kl)
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
@@ -446,19 +481,29 @@ class Stage:
         return list({id(role.group): role.group for role in roles if role is not None}.values())
 
     def _evaluate(self, eval_sets: Mapping[str, Any]) -> None:
-        if eval_sets:
-            self.publish()
-        for name, prompts in eval_sets.items():
-            metrics, _ = evaluate(
-                name, prompts, self.sampler, self.scorer, self.recipe.evaluation, params=self.eval_sampling
-            )
-            self._metrics |= metrics
-        for name, pairs in self.eval_pairs.items():
-            self._metrics |= evaluate_pairs(name, pairs, self)
-        self._keep_best()
+        if not (eval_sets or self.eval_pairs or self.held_out):
+            return
+        with self.exported_weights():
+            if eval_sets:
+                self.publish()
+            for name, prompts in eval_sets.items():
+                metrics, _ = evaluate(
+                    name,
+                    prompts,
+                    self.sampler,
+                    self.scorer,
+                    self.recipe.evaluation,
+                    params=self.eval_sampling,
+                )
+                self._metrics |= metrics
+            for name, pairs in self.eval_pairs.items():
+                self._metrics |= evaluate_pairs(name, pairs, self)
+            for name, rows in self.held_out.items():
+                self._metrics |= evaluate_rows(name, rows, self)
+            self._keep_best()
 
     def _keep_best(self) -> None:
-        """Write the model beside the checkpoints if it is the best so far by evaluation.keep_best."""
+        """Write the model beside the checkpoints if it is the best so far by evaluation.keep_best; NaN is no value."""
         metric = self.recipe.evaluation.keep_best
         siblings = [m for m in self._metrics if metric and m.startswith(f"{metric.rpartition('/')[0]}/")]
         if metric is None or not siblings:  # its set was not evaluated now
@@ -467,10 +512,14 @@ class Stage:
             raise ValueError(
                 f"evaluation.keep_best={metric!r} is no metric of its set; there are {', '.join(siblings)}"
             )
-        value = self._metrics[metric]
-        if self.progress.best is None or value > self.progress.best:
-            self.progress.best = value
-            self.export(self.folder / "model-best")
+        value, best = self._metrics[metric], self.progress.best
+        lower = metric.rpartition("/")[2] in LOWER_IS_BETTER
+        if math.isnan(value) or (best is not None and (value >= best if lower else value <= best)):
+            return
+        self.progress.best = value
+        if self.recipe.method == "rm":
+            store_scale(self)
+        self.export(self.folder / "model-best")
 
     def _write_record(self) -> None:
         timings = self.clock.take()
@@ -478,6 +527,8 @@ class Stage:
             tokens, seconds = self._timings.pop(f"{kind}_tokens", None), timings.get(f"time/{phase}_s")
             if tokens and seconds:
                 timings[f"perf/{kind}_tokens_per_s"] = tokens / seconds
+        if self.sampler is not None:
+            timings |= self.sampler.take_stats()
         if self._metrics:
             self.tracker.log(
                 self.offset + self.progress.step, self.name, self._metrics, timings | self._timings

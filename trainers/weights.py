@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -277,12 +277,15 @@ class WeightSource:
 class WeightSink:
     """The receiving side, on every process of the sampling group: the parameters of one model, in place.
 
-    Storage never moves, so that whoever holds a view of a parameter sees the new weights.
+    Storage never moves, so that whoever holds a view of a parameter sees the new weights. `target` may be tensors by
+    name instead of a model.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        # tied weights have several names and one storage: any of their names may arrive
-        self._params = dict(model.named_parameters(remove_duplicate=False))
+    def __init__(self, target: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+        if isinstance(target, torch.nn.Module):
+            # tied weights have several names and one storage: any of their names may arrive
+            target = dict(target.named_parameters(remove_duplicate=False))
+        self._params = target
         self._plan: WeightPlan | None = None
         self._pending: int | None = None
         self._base: int | None = None
@@ -470,18 +473,22 @@ class WeightChannel:
 
 
 class WeightMethods:
-    """The methods that `publish` calls, for a worker with a `_source` (it trains) or a `_sink` (it samples).
+    """The methods that `publish` calls, for a worker with `_sources` (it trains) or `_sinks` (it holds copies).
 
     The worker supplies `set_version`: what else depends on the weights learns that they are new.
     """
 
-    _source: WeightSource | None = None
+    _sources: dict[str, WeightSource]  # by the role that they are for
     _sinks: dict[str, WeightSink]  # by the role whose weights they are
     _aimed: str = "rollout"  # the role that the publish in progress is for
     _channel: WeightChannel | None = None
 
     def set_version(self, version: int) -> None:
         raise NotImplementedError
+
+    @property
+    def _source(self) -> WeightSource:
+        return self._sources[self._aimed]
 
     @property
     def _sink(self) -> WeightSink:
@@ -593,6 +600,7 @@ def publish(
         fault_point("publish.mid")
         target.call("set_version", version)
         return PublishReport(0, time.perf_counter() - start, 0, None, transport)
+    source.call("aim_weights", role)
     target.call("aim_weights", role)
     plan = source.call("export_plan", runtime.bucket_mb << 20, _common_base(source, target))[0]
     target.call("begin_weights", version, plan)

@@ -21,7 +21,15 @@ from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
 from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
-from rlhf.models.scalar import is_scalar_model, load_scalar_model, reward_scale, store_reward_scale
+from rlhf.models.linear import weights_changed
+from rlhf.models.scalar import (
+    is_scalar_model,
+    load_scalar_model,
+    reward_scale,
+    step_separator,
+    store_reward_scale,
+    store_step_separator,
+)
 from rlhf.models.value_head import add_value_head, is_of_value_head, save_value_head
 from rlhf.process import ProcessInfo
 from rlhf.recipe.rules import SCORING_MODELS
@@ -31,8 +39,11 @@ from rlhf.reward import JudgeReader
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
 from rlhf.trainers.forward import POLICY_LOSSES, loss_function
+from rlhf.trainers.moving_reference import MovingReference
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
-from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_values
+from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_scores, batch_values
+
+_REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, where the reference moves
 
 
 class Worker(WeightMethods):
@@ -58,9 +69,13 @@ class Worker(WeightMethods):
         self.info, self.recipe, self._total_updates = info, recipe, total_updates
         self.tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
         self._model_object = model
+        self._average_shown, self._shows_average = contextlib.ExitStack(), False
         self._trained: dict[str, TrainingEngine] = {}  # actor, critic
         self._frozen: dict[str, torch.nn.Module] = {}  # reference, reward, teacher
-        self._sinks = {}  # rollout, reference: where they are copies
+        self._sources, self._sinks = {}, {}  # to and from other roles: rollout, reference
+        self._moving: MovingReference | None = (
+            None  # where the reference is an average of the actor's weights
+        )
         self.engine: Engine | None = None
         make = {
             "actor": self._make_actor,
@@ -91,23 +106,40 @@ class Worker(WeightMethods):
             add_value_head(model, recipe.model.path)
         actor = self._trained["actor"] = self._training(model, recipe.trainer)
         # Unmerged: a rollout group builds the same model, adapters included, and holds the same bits.
-        self._source = WeightSource(
+        as_is = WeightSource(
             self._policy_weights,
             rank=self.info.rank,
             named_trained=(lambda: self._policy_weights(trained_only=True))
             if actor.has_frozen_weights
             else None,
         )
+        plain = WeightSource(self._plain_policy_weights, rank=self.info.rank)
+        self._sources = {"rollout": as_is, "reference": plain if self._averages else as_is}
 
     def _policy_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """The actor's weights as another process or role holds them: adapters apart, without a value head."""
         weights = self.actor.named_full_weights(merged=False, trained_only=trained_only)
         return ((name, weight) for name, weight in weights if not is_of_value_head(name))
 
+    def _plain_policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same as those of a plain model, adapters merged, in fp32."""
+        weights = self.actor.named_full_weights(exact=True)
+        return ((name, weight.float()) for name, weight in weights if not is_of_value_head(name))
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the reference is an average of plain weights; else it is what it was, or the actor's copy. One that
+        starts from a folder has no adapters to copy the actor's into."""
+        config = self.recipe.reference
+        foreign = config.path is not None and self.recipe.model.lora is not None
+        return config.update_every is not None and (config.update_mix < 1 or foreign)
+
     def _make_critic(self) -> None:
         """From a reward model where there is one (its head says what is good), else from the actor's start."""
         recipe = self.recipe
         path = recipe.critic.path or (recipe.reward_model.path if recipe.reward_model else None)
+        if recipe.critic.path is not None:  # that of the reward model is checked where that is made
+            self._same_tokenizer(recipe.critic.path, "critic.path")
         config = _other_model(recipe.model, path)
         head = "load" if path is not None and is_scalar_model(config) else "zero"
         own = {
@@ -133,15 +165,17 @@ class Worker(WeightMethods):
             return
         if recipe.reference.path is not None:
             self._same_tokenizer(recipe.reference.path, "reference.path")
-        moves = recipe.reference.update_every is not None
+        copies = recipe.reference.update_every is not None and not self._averages
         model = self._causal(
             _other_model(recipe.model, recipe.reference.path),
-            trainable=moves
-            and recipe.model.lora is not None,  # then it has the actor's adapters, to be updated
+            trainable=copies
+            and recipe.model.lora is not None,  # then it has the actor's adapters, to be replaced
         )
         self._frozen["reference"] = model
-        if moves:
+        if copies:
             self._sinks["reference"] = WeightSink(model)
+        elif self._averages:
+            self._moving = MovingReference(model)
 
     def _make_reward(self) -> None:
         path = self.recipe.reward_model.path
@@ -241,7 +275,9 @@ class Worker(WeightMethods):
             "model_bytes": sum(n * p.element_size() for n, p in zip(sizes, parameters, strict=True)),
             "checkpoint_bytes": sum(t.state_bytes for t in self._trained.values()),
         }
-        if "reference" in self._sinks:
+        if self._moving is not None:
+            facts["checkpoint_bytes"] += self._moving.state_bytes
+        elif "reference" in self._sinks:
             facts["checkpoint_bytes"] += sum(_num_bytes(p) for p in self._frozen["reference"].parameters())
         if self.engine is not None:
             facts["exactness"] = probe_exactness(self.engine.model)
@@ -264,6 +300,7 @@ class Worker(WeightMethods):
         return completions
 
     def rollout_stats(self) -> dict[str, float]:
+        """Of the last `generate`, see `Sampler.take_stats`."""
         return dict(self.engine.stats)
 
     # -- scoring -------------------------------------------------------------------------------------------------
@@ -305,6 +342,20 @@ class Worker(WeightMethods):
         if role == "reward" and self.recipe.reward_model.normalize:
             mean, std = reward_scale(model)
         return self._each(micro_batches, lambda micro: (batch_rewards(model, micro) - mean) / std)
+
+    def score_steps(self, micro_batches: Sequence[Batch], role: str) -> list[torch.Tensor]:
+        """Scores (logits) at the steps' last tokens, which the loss mask marks, (B, T) fp32 on the CPU for each
+        micro-batch; `role` is "reward" or "actor"."""
+        model = self._frozen["reward"] if role == "reward" else self.actor.module
+        return self._each(micro_batches, lambda micro: batch_step_scores(model, micro, micro.loss_mask))
+
+    def step_separator(self) -> str | None:
+        """What ends every step that the reward model judges; None where it judges whole responses."""
+        return step_separator(self._frozen["reward"])
+
+    def store_step_separator(self, separator: str) -> None:
+        """Keep what ends a step in the actor's configuration, which an export writes."""
+        store_step_separator(self.actor.module, separator)
 
     def store_reward_scale(self, mean: float, std: float) -> None:
         """Keep the mean and spread of the actor's scores in its configuration, which an export writes."""
@@ -357,25 +408,32 @@ class Worker(WeightMethods):
         `changing` holds what the policy loss takes from the step and not from the recipe."""
         micros = [micro.to(self.info.device) for micro, _ in parts]
         losses = [
-            loss_function(name, self.recipe, **(changing if name in POLICY_LOSSES else {}))
+            loss_function(name, self.recipe, **(changing if name in POLICY_LOSSES else self._beside(name)))
             for _, name in parts
         ]
         return self._trained[role].update(micros, losses)
 
+    def _beside(self, loss: str) -> dict[str, torch.nn.Module]:
+        """The models that a loss reads beside the one that is trained."""
+        exact = loss == "distill" and self.recipe.distill.top_k == "all"
+        return {"teacher": self._frozen["teacher"]} if exact else {}
+
     def mix_reference(self, mix: float, *, beside_actor: bool) -> None:
         """Move the reference towards what was published to it, or beside the actor towards the actor itself."""
-        model = self._frozen["reference"]
-        if beside_actor:
-            before = _copy_of(model)
-            self._sinks["reference"].copy_from(self._policy_weights(), version=self.actor.version)
+        if self._moving is not None and beside_actor:
+            self._moving.mix(self._plain_policy_weights(), mix)
+        elif self._moving is not None:
+            self._moving.mix_landed(mix)
+            del self._sinks["reference"]
         else:
-            before = self._before_mix
-        _blend(model, before, mix)
-        self._before_mix = {}
+            if beside_actor:
+                self._sinks["reference"].copy_from(self._policy_weights(), version=self.actor.version)
+            weights_changed(self._frozen["reference"])
 
     def before_mix(self) -> None:
-        """Remember the reference, which a publish is about to replace."""
-        self._before_mix = _copy_of(self._frozen["reference"])
+        """Make room for the weights that a publish is about to bring, beside the reference's own."""
+        if self._moving is not None:
+            self._sinks["reference"] = self._moving.land()
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -399,33 +457,49 @@ class Worker(WeightMethods):
                 save_tensors(Path(folder) / f"{role}.safetensors", tensors)
                 fault_point("checkpoint.write")
                 (Path(folder) / f"{role}.json").write_text(json.dumps(scalars, indent=1))
-        if "reference" in self._sinks and self.info.rank == 0:
-            save_tensors(Path(folder) / "reference.safetensors", _copy_of(self._frozen["reference"]))
+        if self.info.rank == 0 and (reference := self._reference_state()):
+            save_tensors(Path(folder) / _REFERENCE_FILE, reference)
 
     def load(self, folder: str) -> None:
         """Take the state that `save` wrote; another number of processes may have written it."""
         for role, trained in self._trained.items():
             scalars = json.loads((Path(folder) / f"{role}.json").read_text())
             trained.load_state(load_tensors(Path(folder) / f"{role}.safetensors"), scalars)
-        if "reference" in self._sinks:
-            _blend(self._frozen["reference"], load_tensors(Path(folder) / "reference.safetensors"), 0.0)
+        if self._moving is not None:
+            self._moving.load_state(load_tensors(Path(folder) / _REFERENCE_FILE))
+        elif "reference" in self._sinks:
+            _set_weights(self._frozen["reference"], load_tensors(Path(folder) / _REFERENCE_FILE))
+
+    def _reference_state(self) -> Mapping[str, torch.Tensor]:
+        """Of a reference in this process that moves; {} where there is none."""
+        if self._moving is not None:
+            return self._moving.state_dict()
+        return _copy_of(self._frozen["reference"]) if "reference" in self._sinks else {}
 
     def export(self, folder: str) -> None:
         """Write the actor, or the moving average of its weights if there is one, as a Hugging Face folder (collective;
         process 0 writes)."""
-        average = self.recipe.trainer.ema_decay is not None
-        with self.actor.averaged_weights() if average else contextlib.nullcontext():
+        hidden = self.recipe.trainer.ema_decay is not None and not self._shows_average
+        with self.actor.averaged_weights() if hidden else contextlib.nullcontext():
             weights = dict(self.actor.named_full_weights())
             if self.info.rank == 0:
                 plain = {name: w for name, w in weights.items() if not is_of_value_head(name)}
                 save_model(self.actor.module, self.tokenizer, folder, weights=plain)
                 save_value_head(weights, folder)
 
+    def show_average(self, show: bool) -> None:
+        """Give the actor the moving average of its weights, or its own again (collective)."""
+        if show:
+            self._average_shown.enter_context(self.actor.averaged_weights())
+        else:
+            self._average_shown.close()
+        self._shows_average = show
+
     def close(self) -> None:
         for trained in self._trained.values():
             trained.destroy()
-        self._trained, self._frozen, self._sinks = {}, {}, {}
-        self.engine = self._source = None
+        self._trained, self._frozen, self._sources, self._sinks = {}, {}, {}, {}
+        self.engine = self._moving = None
         gc.collect()
 
 
@@ -445,8 +519,7 @@ def _copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _blend(model: torch.nn.Module, before: Mapping[str, torch.Tensor], mix: float) -> None:
-    """model <- mix * model + (1 - mix) * before, in fp32."""
+def _set_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     for name, p in model.named_parameters():
-        old = before[name].to(p.device, torch.float32)
-        p.copy_(old.lerp(p.float(), mix) if mix else old)
+        p.copy_(weights[name])
+    weights_changed(model)

@@ -60,6 +60,7 @@ class Tokens:
 
 
 _SECTIONS = {"train": "data", "ptx": "ptx.data"}
+_EVALUATED = {"prompts": "sets", "preferences": "pairs"}
 MIX = "mix."  # before the name of a further training set
 
 
@@ -69,7 +70,7 @@ def section(name: str, kind: Kind) -> str:
         return _SECTIONS[name]
     if name.startswith(MIX):
         return name
-    return f"evaluation.{'pairs' if kind == 'preferences' else 'sets'}.{name}"
+    return f"evaluation.{_EVALUATED.get(kind, 'held_out')}.{name}"
 
 
 class Reader:

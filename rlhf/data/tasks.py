@@ -33,7 +33,8 @@ class ChainArithmetic(Section):
     Every row can also serve as a preference, a judged answer or judged steps. `chosen` is the worked answer, and
     `rejected` is by turns a wrong guess and an answer with a slip in one of its steps, which the later ones carry on
     (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two and `label` says whether it is right. `completions`
-    are the steps of the worked answer or of the one with the slip, and `labels` whether the working is right so far.
+    are the steps of the worked answer or of the one with the slip, to be separated by a space, and `labels` whether the
+    working is right so far.
 
     The splits are disjoint: a hash of the chain alone, the same under every seed, puts a tenth of all chains
     into `eval`. No chain comes twice in one set. A longer set begins with the shorter one of the same
@@ -126,7 +127,7 @@ class ChainArithmetic(Section):
             response = lazy
         else:
             response = worked
-        completions = [f"{step} " for step in (steps if right else wrong_steps).split(" ")]
+        completions = (steps if right else wrong_steps).split(" ")
         return {
             "id": f"{self.split}/{index}",
             "prompt": f"{chain}=",
@@ -236,7 +237,8 @@ def make_rows(task: str, **args: Any) -> list[dict[str, Any]]:
 
 
 def argument_faults(task: str, args: Mapping[str, Any]) -> list[Fault]:
-    """What is wrong with a task's arguments; keys are the arguments' names, () where several disagree."""
+    """What is wrong with a task's arguments; keys are the arguments' names, where several disagree that of the one with
+    which the message begins."""
     arguments = ARGUMENTS[task]
     try:
         arguments(**args)
@@ -255,7 +257,9 @@ def _fault(task: str, problem: Mapping[str, Any], known: list[str]) -> Fault:
     if problem["type"] == "missing":
         return Fault((key,), f"task {task} needs it")
     if problem["type"] == "value_error":
-        return Fault((key,), str(problem["ctx"]["error"]))
+        message = str(problem["ctx"]["error"])
+        first = message.partition("=")[0]
+        return Fault(((*key, first) if first in known else key,), message)
     choices = (
         re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     )

@@ -110,6 +110,16 @@ def reward_scale(model: nn.Module) -> tuple[float, float]:
     return float(config["reward_mean"]), float(config["reward_std"])
 
 
+def store_step_separator(model: nn.Module, separator: str) -> None:
+    """Mark a model as a process reward model: keep what ends every step that it judges in its configuration."""
+    model.config.step_separator = separator
+
+
+def step_separator(model: nn.Module) -> str | None:
+    """What `store_step_separator` kept; None for a model that judges whole responses."""
+    return model.config.to_dict().get("step_separator")
+
+
 class ScoreHead(nn.Linear):
     """One number for each row, in fp32 whatever the weights' type: bfloat16 would round a reward of 3 to 1/64. A
     row does not depend on the number of rows. Made from an `nn.Linear` by `load_scalar_model`."""

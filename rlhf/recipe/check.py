@@ -10,24 +10,45 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
+from rlhf.recipe import rules
 from rlhf.recipe.problems import Fault, LookUp, Problem
+from rlhf.recipe.reads import unread
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.secrets import HIDDEN, hides
 from rlhf.recipe.suggest import closest, field_at, meant, schema, siblings
-from rlhf.recipe.tree import Node, PathKey, merge
+from rlhf.recipe.tree import Node, PathKey, Place, merge
 
 # Stands in for a required section that is missing or wrong, so that the other sections are still checked.
 _STAND_INS: dict[PathKey, dict] = {("data",): {"path": "stand/in"}}
 
 
-def check(root: Node, look_up: LookUp | None = None) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe and what is wrong with it; the recipe is None if anything is. `look_up` adds what is wrong outside the
-    recipe, and sees a recipe even where values are wrong: a repaired one.
+@dataclass(frozen=True)
+class Stated:
+    """A setting that a recipe states and that nothing in it reads. Another stage may read the same line."""
+
+    path: PathKey
+    place: Place
+    needs: int  # how many of the setting's needs hold before the first that does not
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Checked:
+    recipe: Recipe | None  # None if anything is wrong with it
+    problems: list[Problem]
+    warnings: list[Problem]  # of a recipe that can be run, but does less than it says
+    unread: list[Stated]
+
+
+def check(root: Node, look_up: LookUp | None = None) -> Checked:
+    """The recipe and what is wrong with it. `look_up` adds what is wrong outside the recipe, and sees a recipe even where
+    values are wrong: a repaired one.
     """
     problems: list[Problem] = []
     dropped: set[PathKey] = set()
@@ -53,7 +74,26 @@ def check(root: Node, look_up: LookUp | None = None) -> tuple[Recipe | None, lis
         node = repaired
     if look_up is not None:
         problems += _placed(node, look_up(recipe), dropped)
-    return (None if problems else recipe), problems
+    ignored = _unread(node, recipe, problems, dropped)
+    if problems:
+        return Checked(None, problems, [], ignored)
+    return Checked(recipe, [], _inconsistent(node, list(rules.warnings(recipe)), dropped), ignored)
+
+
+def _unread(node: Node, recipe: Recipe, problems: Sequence[Problem], dropped: set[PathKey]) -> list[Stated]:
+    """What nothing reads, without what something else is wrong with, and what depends on values that were taken out."""
+    known = {(p.file, p.line, p.key) for p in problems}
+    found = []
+    for setting in unread(recipe):
+        at = node.find(setting.key)
+        decided_by = [setting.key, *(tuple(key.split(".")) for key in setting.keys)]
+        if at is None or any(_touches(path, dropped) for path in decided_by):
+            continue
+        message = f"{_show(node, setting.key)} is read by nothing {setting.lack}"
+        problem = at.place.problem(message, f"remove it, or {setting.way}")
+        if (problem.file, problem.line, problem.key) not in known:
+            found.append(Stated(setting.key, at.place, setting.needs, problem))
+    return found
 
 
 def _section_by_section(node: Node) -> Recipe:
@@ -240,8 +280,7 @@ def _wrong(node: Node, path: PathKey, found: list[dict]) -> Problem:
         return Problem(parent.file, parent.line, file_key, _missing(path), _about(path))
     place = node.nearest(path).place
     if kind == "value_error":
-        message = str(found[0]["ctx"]["error"])
-        return place.problem(message)
+        return place.problem(_line(str(found[0]["ctx"]["error"])))
     if at is not None and at.value is None:
         return place.problem("is empty", _about(path) or "remove the line or give it a value")
     message = f"{_show(node, path)} is not {' or '.join(dict.fromkeys(map(rule, found)))}"
@@ -270,9 +309,28 @@ def _about(path: PathKey) -> str:
     field = field_at(path) or (field_at(path[:-1]) if path else None)
     if field is None or not field.description:
         return ""
-    text = field.description.rstrip(".")
+    text = _line(field.description).rstrip(".")
     simple = field.default is not PydanticUndefined and field.default is not None
     return f"{text} (default {_show_plain(field.default)})" if simple else text
+
+
+def misfit(path: PathKey, node: Node) -> Problem | None:
+    """What is wrong with a value by itself, wherever it is put; None where that cannot be told: an unknown key, a value
+    that ${...} fills in later, a secret."""
+    field, value = field_at(path), node.plain()
+    if field is None or "${" in str(value) or hides(path, value):
+        return None
+    try:
+        TypeAdapter(Annotated[field.annotation, field]).validate_python(value)
+    except ValidationError as error:
+        kinds = dict.fromkeys(map(rule, error.errors(include_url=False)))
+        return node.place.problem(f"{_show_plain(value)} is not {' or '.join(kinds)}", _about(path))
+    return None
+
+
+def _line(text: str) -> str:
+    """On one line, however the schema's source breaks it."""
+    return " ".join(text.split())
 
 
 def _show(node: Node, path: PathKey) -> str:

@@ -16,14 +16,15 @@ from typing import Any
 
 import yaml
 
-from rlhf.recipe.check import check
+from rlhf.recipe.check import Checked, Stated, check, misfit
 from rlhf.recipe.interpolate import escape, interpolate
 from rlhf.recipe.outputs import output_problems
 from rlhf.recipe.problems import LookUp, Problem, RecipeError
+from rlhf.recipe.reads import without_unread
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.secrets import HIDDEN, hides
 from rlhf.recipe.suggest import closest
-from rlhf.recipe.tree import Node, PathKey, merge, read_dict, read_file, read_override, read_scalar
+from rlhf.recipe.tree import Node, PathKey, Place, merge, read_dict, read_file, read_override, read_scalar
 
 __all__ = ["Plan", "Problem", "RecipeError", "Stage", "dump_plan", "load_plan", "plan_from_dict"]
 
@@ -47,6 +48,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     source: str | None  # the recipe's path; None for a dictionary
+    warnings: tuple[Problem, ...] = ()  # what can be run, but does less than it says
 
 
 def load_plan(
@@ -73,7 +75,8 @@ def plan_from_dict(data: Mapping[str, Any], *, look_up: LookUp | None = None) ->
 
 
 def dump_plan(plan: Plan) -> str:
-    """The fully resolved recipe as YAML, every default written out; `load_plan` reads it back.
+    """The fully resolved recipe as YAML, every default written out, and the default where a stage has a value from
+    elsewhere that it does not read; `load_plan` reads it back.
 
     Values from the environment appear as their ${oc.env:NAME}, other secrets as "<hidden>".
     """
@@ -129,6 +132,8 @@ def _override(root: Node, path: PathKey, node: Node, problems: list[Problem]) ->
         problems.append(
             place.problem("every stage sets this key itself, so the top level is not used", f"give {ways}")
         )
+        wrong = misfit(path, node)
+        problems.extend([wrong] if wrong is not None else [])
         return root
     changed = _set(root, path, node)
     if changed is None:
@@ -172,22 +177,48 @@ def _set(root: Node, path: PathKey, node: Node) -> Node | None:
 
 def _plan(root: Node, source: str | None, problems: list[Problem], look_up: LookUp | None) -> Plan:
     parts = _split(root, problems)
-    stages, found = [], {}
+    stages, found, checked = [], {}, []
     for name, node in parts:
         of_stage: list[Problem] = []
         node = interpolate(node, of_stage)
-        recipe, refused = check(node, look_up)
-        found[name] = of_stage + refused
-        if recipe is not None:
+        result = check(node, look_up)
+        found[name] = of_stage + result.problems
+        checked.append((name, node, result))
+        if result.recipe is not None:
             expressions = {path: n.expression for path, n in node.walk() if n.expression is not None}
-            stages.append(Stage(name or recipe.method, recipe, expressions))
+            stages.append(Stage(name or result.recipe.method, result.recipe, expressions))
     problems.extend(_name_stages(found))
+    problems.extend(_never_read(checked, source))
     if not problems:
         problems.extend(_not_shared(root, stages))
         problems.extend(_outputs(dict(parts), stages))
     if problems:
         raise RecipeError(problems)
-    return Plan(tuple(stages), source)
+    warnings = _name_stages({name: result.warnings for name, _, result in checked})
+    return Plan(tuple(stages), source, tuple(warnings))
+
+
+def _never_read(checked: Sequence[tuple[str, Node, Checked]], source: str | None) -> list[Problem]:
+    """Lines that state a setting which no stage reads. What a `base:` file states is that file's own affair: the recipes
+    that start from it use different parts of it."""
+    ignored: dict[tuple[PathKey, Place], list[tuple[str, Stated]]] = {}
+    for name, _, result in checked:
+        for stated in result.unread:
+            if stated.place.file in (source, "command line", "recipe"):
+                ignored.setdefault((stated.path, stated.place), []).append((name, stated))
+    problems = []
+    for (path, place), stages in ignored.items():
+        holders = sum(_is_at(node, path, place) for _, node, _ in checked)
+        if holders == len(stages):
+            name, nearest = max(stages, key=lambda stage: stage[1].needs)
+            text = f"{nearest.problem.message} (in stage {name}, and no other stage reads it)"
+            problems.append(replace(nearest.problem, message=text) if holders > 1 else nearest.problem)
+    return problems
+
+
+def _is_at(node: Node, path: PathKey, place: Place) -> bool:
+    found = node.find(path)
+    return found is not None and found.place == place
 
 
 def _split(root: Node, problems: list[Problem]) -> list[tuple[str, Node]]:
@@ -268,7 +299,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _dump_stage(stage: Stage) -> dict[str, Any]:
-    return _dump_value(stage.recipe.model_dump(mode="json"), (), stage.expressions)
+    return _dump_value(without_unread(stage.recipe).model_dump(mode="json"), (), stage.expressions)
 
 
 def _dump_value(value: Any, path: PathKey, expressions: Mapping[PathKey, str]) -> Any:

@@ -1,8 +1,9 @@
 """What a stage takes from an earlier one: `path: stage:NAME`.
 
 A model's path may name a stage whose model it is; a dataset's path a `rejection` stage, whose selected responses it
-is, as prompts and answers in the form in which the policy met them. Without a name of its own a stage starts from the model of the latest earlier stage that trained the same model
-and gives text. Not here: where a run keeps these files (`rlhf.runtime.run`).
+is, as prompts and answers in the form in which the policy met them. Without a name of its own a stage goes on from the
+latest earlier stage whose model is of the same line, which began with the same `model.path` or `model.build`, and gives
+text. Not here: where a run keeps these files (`rlhf.runtime.run`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def output_problems(
     recipe: Recipe, earlier: Mapping[str, Recipe]
 ) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(key, what is wrong, hint) for names that are no earlier stage, or one with another kind of output."""
-    for kind in ("sets", "pairs"):
+    for kind in ("sets", "pairs", "held_out"):
         for name, data in getattr(recipe.evaluation, kind).items():
             if stage_of(data.path) is not None:
                 key = ("evaluation", kind, name, "path")
@@ -72,25 +73,41 @@ def output_problems(
             message = f"stage {name!r} selects answers, and {recipe.method} needs judged ones"
             yield key, message, "learn from it by sft or distill"
         elif not is_data and key[0] == "reward_model" and not scores:
-            yield key, f"stage {name!r} ({method}) trains no reward model", "name a stage with method: rm"
+            yield (
+                key,
+                f"stage {name!r} ({method}) trains no reward model",
+                "name a stage with method: rm or prm",
+            )
+        elif key[0] == "reward_model" and method == "prm" and not earlier[name].data.step_separator:
+            message = f"responses cannot be cut into steps as stage {name!r} reads them: its step_separator is empty"
+            yield key, message, f"set data.step_separator in stage {name!r} to what ends every step"
         elif not is_data and key[0] in ("model", "judge", "reference", "teacher") and scores:
             yield key, f"stage {name!r} ({method}) trains a model that gives scores, not text", "name another"
 
 
 def start_stage(index: int, stages: Sequence[Any]) -> str | None:
-    """The stage whose model stage number `index` starts from; None if it loads or builds its own.
+    """The stage whose model stage number `index` starts from: the one it names, else the latest earlier one of its line
+    that gives text; None if it loads or builds its own.
 
     `stages` have `name` and `recipe`."""
-    here = stages[index].recipe
-    named = stage_of(here.model.path)
+    model = stages[index].recipe.model
+    named = stage_of(model.path)
     if named is not None:
         return named
-    for before in reversed(stages[:index]):
-        model = before.recipe.model
-        same = (here.model.path, here.model.build) == (model.path, model.build)
-        if same and before.recipe.method not in SCORING_MODELS:
-            return before.name
+    for i in reversed(range(index)):
+        gives_text = stages[i].recipe.method not in SCORING_MODELS
+        if gives_text and _origin(i, stages) == (model.path, model.build):
+            return stages[i].name
     return None
+
+
+def _origin(index: int, stages: Sequence[Any]) -> tuple[str | None, Any]:
+    """`model.path` and `model.build` of the stage with which the line of stage number `index` began."""
+    model = stages[index].recipe.model
+    for i in range(index):
+        if stages[i].name == stage_of(model.path):
+            return _origin(i, stages)
+    return model.path, model.build
 
 
 def resolve_outputs(recipe: Recipe, start: str | None, folder_of: Callable[[str], Path]) -> Recipe:

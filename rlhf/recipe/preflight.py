@@ -161,6 +161,8 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[Key, DatasetConfig, Kind]]:
         yield ("evaluation", "sets", name), config, "prompts"
     for name, config in recipe.evaluation.pairs.items():
         yield ("evaluation", "pairs", name), config, "preferences"
+    for name, config in recipe.evaluation.held_out.items():
+        yield ("evaluation", "held_out", name), config, kind
     if recipe.ptx is not None:
         yield ("ptx", "data"), recipe.ptx.data, "sft"
 
@@ -180,7 +182,10 @@ def _dataset_faults(
             unreadable = faults and (config.task is not None or any(f.keys[0] == ("path",) for f in faults))
             head = None if unreadable else read_head(config)
         except (ValueError, OSError) as error:
-            yield Fault(source, str(error), "mend the file, or name another")
+            if config.task is not None:  # arguments that are right one by one make too few rows
+                yield Fault((("task_args", "count"), ("task_args",), ("task",)), str(error))
+            else:
+                yield Fault(source, str(error), "mend the file, or name another")
     if head is not None and head.count == 0:
         yield Fault(source, f"{_source(config)} holds no rows", "give a dataset with some")
     elif head is not None:

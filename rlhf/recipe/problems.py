@@ -5,8 +5,8 @@ Here: the report. Not here: how a mistake is found (`tree`, `check`, `load`, `pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +53,22 @@ class Problem:
         return f"{text}; {self.hint}" if self.hint else text
 
 
+_SHOWN_ALIKE = 3  # lines with the same mistake that are written out
+
+
+def _told(problems: Sequence[Problem]) -> Iterator[str]:
+    """The problems as text; what is wrong in the same way on many lines is told for the first few."""
+    alike: dict[Problem, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(replace(problem, line=None), []).append(problem)
+    for group in alike.values():
+        shown, more = group[:_SHOWN_ALIKE], group[_SHOWN_ALIKE:]
+        yield from map(str, shown)
+        if more:
+            lines = ", ".join(str(problem.line) for problem in more)
+            yield f"{group[0].file}: and {len(more)} more line{'s' if more[1:] else ''}: {lines}"
+
+
 class RecipeError(Exception):
     """A recipe that cannot be run. `problems` holds every mistake found, in the order of the file."""
 
@@ -63,8 +79,9 @@ class RecipeError(Exception):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        lines = [f"{count} problem{'s' if count != 1 else ''} in the recipe:", *map(str, self.problems)]
-        return "\n  ".join(lines)
+        return "\n  ".join(
+            [f"{count} problem{'s' if count != 1 else ''} in the recipe:", *_told(self.problems)]
+        )
 
     def __reduce__(self) -> tuple:
         return (RecipeError, (self.problems,))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf.recipe.schema import AlgorithmConfig, DatasetConfig, Recipe, Role
+    from rlhf.recipe.schema import AlgorithmConfig, DatasetConfig, PreferenceConfig, Recipe, Role
 
 # The keys that disagree, the one to change first, and what is wrong.
 Inconsistency = tuple[tuple[str, ...], str]
@@ -28,8 +28,10 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "distill": ("actor", "teacher"),
 }
 SCORING_MODELS = ("rm", "prm")  # what is trained gives scores, not text
+HELD_OUT = ("sft", "kto", "prm")  # methods with a measure of held-out rows of their own data's kind
 # Kinds of preference losses, by their names in rlhf.preference.
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
+SORTED = frozenset({"aot", "aot_unpaired"})
 COUPLED = frozenset({"bco_pair", "aot", "aot_unpaired"})  # rows of the whole step
 PER_TOKEN = frozenset(
     {"ipo", "sigmoid_norm", "simpo", "orpo", "sft"}
@@ -37,6 +39,19 @@ PER_TOKEN = frozenset(
 OF_THE_GAP = frozenset(
     {"dpo", "robust", "hinge", "exo_pair", "discopop"}
 )  # of score_w - score_l alone: f-divergences
+OF_A_RESPONSE = ("gspo", "gmpo")  # objectives with one ratio, and so one advantage, for a whole response
+WITHOUT_BETA = frozenset({"orpo", "sft"})
+# What clips (below, above) and corrections (low, high) are where a recipe leaves them open. Papers: rlhf.objectives, and
+# for cispo's upper bound 2510.13786; icepop's are its authors', sequence_mask's those that verl gives the same rejection by
+# a sequence's geometric mean (Liu et al., "When speed kills stability", 2025).
+CLIPS = {
+    "ppo_clip": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),
+    "gspo_token": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+    "gmpo": (0.4, 0.4),
+}
+CORRECTION_BOUNDS = {"icepop": (0.5, 5.0), "sequence_mask": (0.999, 1.001)}
 KL_IN_REWARD = ("rloo", "reinforce_pp")  # advantages whose papers take the KL off the reward
 _STAGE = "stage:"
 
@@ -79,10 +94,68 @@ def whitens(recipe: Recipe) -> bool:
     return recipe.method == "ppo" or recipe.algorithm.advantage in ("reinforce_pp", "reinforce_pp_baseline")
 
 
+def kl_estimator(recipe: Recipe) -> str:
+    """Name of the KL's estimator (`rlhf.kl`): where left open the one whose gradient is right where the KL is, or that of
+    the advantage's paper."""
+    chosen = recipe.algorithm.kl_estimator
+    if chosen is not None:
+        return chosen
+    if kl_in_reward(recipe):
+        return "k1"
+    of_paper = recipe.method == "grpo" and recipe.algorithm.advantage == "reinforce_pp_baseline"
+    return "k2" if of_paper else "k3"
+
+
 def decided(recipe: Recipe) -> AlgorithmConfig:
-    """The algorithm section with `kl_in_reward` and `whiten_advantages` as the method wants them where left open."""
-    choices = {"kl_in_reward": kl_in_reward(recipe), "whiten_advantages": whitens(recipe)}
-    return recipe.algorithm.model_copy(update=choices)
+    """The algorithm section with what depends on the method, the objective and the correction decided where left open:
+    `kl_in_reward`, `kl_estimator`, `whiten_advantages` and the bounds of ratios and weights."""
+    a = recipe.algorithm
+    choices = {
+        "kl_in_reward": kl_in_reward(recipe),
+        "kl_estimator": kl_estimator(recipe),
+        "whiten_advantages": whitens(recipe),
+        **_bounds(a, ("clip_low", "clip_high"), CLIPS.get(a.objective)),
+        **_bounds(a, ("correction_low", "correction_high"), CORRECTION_BOUNDS.get(a.correction)),
+    }
+    return a.model_copy(update=choices)
+
+
+def _bounds(
+    a: AlgorithmConfig, names: tuple[str, str], defaults: tuple[float, float] | None
+) -> dict[str, float]:
+    """The two bounds, each the default's where the section leaves it open; nothing where nothing reads them."""
+    if defaults is None:
+        return {}
+    stated = [getattr(a, name) for name in names]
+    return {
+        name: default if chosen is None else chosen
+        for name, chosen, default in zip(names, stated, defaults, strict=True)
+    }
+
+
+def decided_preference(recipe: Recipe) -> PreferenceConfig:
+    """The preference section with `beta` and `nll_coef` as its losses want them where left open."""
+    p = recipe.preference
+    choices = {
+        "beta": p.beta if p.beta is not None else (2.0 if _reads_beta(p) == {"simpo"} else 0.1),
+        "nll_coef": p.nll_coef if p.nll_coef is not None else (1.0 if "cpo" in p.losses else 0.0),
+    }
+    return p.model_copy(update=choices)
+
+
+def _reads_beta(p: PreferenceConfig) -> set[str]:
+    return set(p.losses) - WITHOUT_BETA
+
+
+def by_policy_gradient(recipe: Recipe) -> bool:
+    """Whether an objective of `algorithm` is the loss: ppo, grpo, and distill's sampled_kl."""
+    sampled = recipe.method == "distill" and recipe.distill.divergence == "sampled_kl"
+    return sampled or recipe.method in ("ppo", "grpo")
+
+
+def updates_per_step(recipe: Recipe) -> int:
+    """Optimiser steps on one step's samples."""
+    return recipe.trainer.minibatches_per_step * recipe.trainer.passes_per_step
 
 
 def needs_reference_logprobs(recipe: Recipe) -> bool:
@@ -123,6 +196,31 @@ def problems(recipe: Recipe) -> Iterator[Inconsistency]:
         yield from rule(recipe)
 
 
+def warnings(recipe: Recipe) -> Iterator[Inconsistency]:
+    """What does nothing although the recipe can be run: in the one update on a step's samples every ratio is 1, replayed
+    samples' too, and every value where it was; clip_cov, which picks tokens by other things, is not among it."""
+    if not by_policy_gradient(recipe) or updates_per_step(recipe) > 1:
+        return
+    a, default_clip = recipe.algorithm, type(recipe.critic).model_fields["value_clip"].default
+    idle = {
+        "algorithm.objective": a.objective if a.objective not in ("ppo_clip", "reinforce") else None,
+        "algorithm.clip_low": a.clip_low,
+        "algorithm.clip_high": a.clip_high,
+        "algorithm.dual_clip": a.dual_clip,
+        "algorithm.covariance": a.covariance if a.covariance == "kl_cov" else None,
+        "algorithm.early_stop_kl": a.early_stop_kl,
+        "critic.value_clip": recipe.critic.value_clip if recipe.critic.value_clip != default_clip else None,
+    }
+    idle = {key: value for key, value in idle.items() if value is not None}
+    if idle:
+        named = ", ".join(f"{key.partition('.')[2]}: {value}" for key, value in idle.items())
+        message = (
+            f"no effect of {named}: with one update a step it starts from the policy that sampled; "
+            "raise trainer.minibatches_per_step (or passes_per_step)"
+        )
+        yield (*idle, "trainer.minibatches_per_step", "trainer.passes_per_step"), message
+
+
 def _source(r: Recipe) -> Iterator[Inconsistency]:
     if r.model.path is None and r.model.build is None:
         yield ("model.path", "model.build"), "set model.path (a folder or hub name) or model.build"
@@ -136,7 +234,7 @@ def _source(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _evaluation(r: Recipe) -> Iterator[Inconsistency]:
-    best, sets = r.evaluation.keep_best, [*r.evaluation.sets, *r.evaluation.pairs]
+    best, sets = r.evaluation.keep_best, [*r.evaluation.sets, *r.evaluation.pairs, *r.evaluation.held_out]
     if best is not None and not any(best.startswith(f"eval/{name}/") for name in sets):
         known = ", ".join(f"eval/{name}/..." for name in sets) or "none: add evaluation.sets"
         yield (
@@ -160,11 +258,12 @@ def _reward(r: Recipe) -> Iterator[Inconsistency]:
             ("reward", "method", "online.pairs"),
             "online_dpo needs a reward to tell the best response from the worst",
         )
+    elif r.evaluation.sets and not r.reward and "rollout" not in ROLES[r.method]:
+        message = f"evaluation of {r.method} needs at least one reward function, which no reward_model or judge replaces"
+        yield ("reward", "evaluation.sets"), message
     elif r.evaluation.sets and not r.scored:
-        yield (
-            ("reward", "evaluation.sets"),
-            "evaluation needs at least one reward function, reward_model or judge",
-        )
+        message = "evaluation needs at least one reward function, reward_model or judge"
+        yield ("reward", "evaluation.sets"), message
     if r.method in SCORING_MODELS and r.evaluation.sets:
         yield (
             ("evaluation.sets", "method"),
@@ -172,6 +271,10 @@ def _reward(r: Recipe) -> Iterator[Inconsistency]:
         )
     if r.evaluation.pairs and r.method not in ("rm", "dpo", "sft", "kto"):
         yield ("evaluation.pairs", "method"), f"{r.method} has no score for pairs; use evaluation.sets"
+    if r.evaluation.held_out and r.method not in HELD_OUT:
+        other = "pairs" if r.method in ("rm", "dpo") else "sets"
+        message = f"{r.method} is not evaluated on rows like its own; use evaluation.{other}"
+        yield ("evaluation.held_out", "method"), message
 
 
 def _judge(r: Recipe) -> Iterator[Inconsistency]:
@@ -210,7 +313,8 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _columns(r: Recipe) -> Iterator[Inconsistency]:
-    for key, data in r.training_data.items():
+    held_out = {("evaluation", "held_out", name): data for name, data in r.evaluation.held_out.items()}
+    for key, data in (r.training_data | held_out).items():
         if stage_of(data.path) is None:  # else its columns are known
             for (column, *others), message in _answer_columns(r, data):
                 yield (".".join((*key, column)), *others), message
@@ -249,19 +353,24 @@ def _curriculum(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _objective(r: Recipe) -> Iterator[Inconsistency]:
-    a = r.algorithm
-    if a.objective in ("gspo", "gmpo") and a.aggregation == "token_mean" and r.method in ("grpo", "ppo"):
+    a = decided(r)
+    keys = ("algorithm.objective", "method", "distill.divergence")
+    if a.objective in OF_A_RESPONSE and a.aggregation == "token_mean" and r.method in ("grpo", "ppo"):
         message = f"{a.objective} has one value per response: use sequence_mean (or constant_length)"
         yield ("algorithm.aggregation", "algorithm.objective"), message
-    if r.method == "ppo" and r.algorithm.objective == "gspo":
-        yield (
-            ("algorithm.objective", "method"),
-            "gspo has one advantage per response, ppo one per token; use ppo_clip",
+    if a.objective in OF_A_RESPONSE and by_policy_gradient(r) and r.method != "grpo":
+        message = f"{a.objective} has one advantage per response, {r.method} one per token; use ppo_clip or gspo_token"
+        yield keys, message
+    if a.objective == "reinforce" and by_policy_gradient(r) and updates_per_step(r) > 1:
+        message = (
+            f"reinforce has no ratio, and the {updates_per_step(r)} updates of a step (minibatches_per_step x "
+            "passes_per_step) leave the policy that sampled; use ppo_clip, or one update a step"
         )
-    if a.dual_clip is not None and a.dual_clip <= 1 + a.clip_high:
+        yield (*keys, "trainer.minibatches_per_step", "trainer.passes_per_step"), message
+    if a.objective == "ppo_clip" and a.dual_clip is not None and a.dual_clip <= 1 + a.clip_high:
         message = f"dual_clip={a.dual_clip} is not above 1 + clip_high={1 + a.clip_high:g}; 3 is usual"
         yield ("algorithm.dual_clip", "algorithm.clip_high"), message
-    if a.correction_low > a.correction_high:
+    if a.correction in CORRECTION_BOUNDS and a.correction_low > a.correction_high:
         message = f"correction_low={a.correction_low} is above correction_high={a.correction_high}"
         yield ("algorithm.correction_low", "algorithm.correction_high"), message
     if a.overlong_buffer >= r.rollout.max_response_tokens:
@@ -299,10 +408,17 @@ def _replay(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _kl(r: Recipe) -> Iterator[Inconsistency]:
-    a = r.algorithm
-    if a.kl_coef and a.kl_estimator == "k1" and r.method in ("grpo", "ppo") and not kl_in_reward(r):
+    a, keys = r.algorithm, ("algorithm.kl_estimator", "algorithm.kl_in_reward")
+    has_kl = a.kl_coef and r.method in ("grpo", "ppo")
+    if has_kl and kl_in_reward(r) and kl_estimator(r) != "k1":
+        message = (
+            f"{a.kl_estimator} in the reward is no KL's gradient (k3 pushes away from the reference); leave it out or "
+            "use k1, or set kl_in_reward: false"
+        )
+        yield keys, message
+    if has_kl and not kl_in_reward(r) and kl_estimator(r) == "k1":
         message = "k1 in the loss has zero expected gradient; use k2, k3 or k3_k2, or set kl_in_reward: true"
-        yield ("algorithm.kl_estimator", "algorithm.kl_in_reward"), message
+        yield keys, message
     if a.kl_target is not None and not a.kl_coef:
         yield (
             ("algorithm.kl_coef", "algorithm.kl_target"),
@@ -334,6 +450,12 @@ def _preference(r: Recipe) -> Iterator[Inconsistency]:
             ("preference.losses",),
             f"{' and '.join(coupled)} both couple the pairs of a step; keep one of them",
         )
+    if p.wpo and names & SORTED:
+        message = f"wpo weighs each pair, and {' and '.join(sorted(names & SORTED))} matches pairs by rank; use wpo: false"
+        yield ("preference.wpo", "preference.losses"), message
+    if p.beta is None and names & {"simpo"} and _reads_beta(p) != {"simpo"}:
+        message = "simpo's beta is about 2 and the other losses' about 0.1, and they share it; state it"
+        yield ("preference.beta", "preference.losses"), message
     if "exo_pair" in names and not p.label_smoothing:
         message = (
             "exo_pair is infinite without smoothing; set label_smoothing, for example 1e-3 as in its paper"
@@ -358,6 +480,23 @@ def _distill(r: Recipe) -> Iterator[Inconsistency]:
             "sampled_kl is a policy gradient on the student's own responses: set distill.on_policy_frac: 1"
         )
         yield ("distill.on_policy_frac", "distill.divergence"), message
+    together = any({"actor", "teacher"} <= set(group.roles) for group in r.groups.values())
+    if r.method == "distill" and r.distill.top_k == "all" and not together:
+        message = (
+            "whole distributions stay in the process that made them: put teacher into actor's group, or keep a number "
+            "(the vocabulary's size keeps everything)"
+        )
+        yield ("distill.top_k", "placement"), message
+    if r.method == "distill" and by_policy_gradient(r):
+        a = r.algorithm
+        lacking = {"kl_coef": a.kl_coef, "positive_nll_coef": a.positive_nll_coef}
+        lacking |= {"covariance": a.covariance} if a.covariance != "none" else {}
+        for name, value in lacking.items():
+            if value:
+                message = (
+                    f"{name}={value}: distill has no reference and no reward, only its teacher; leave it out"
+                )
+                yield (f"algorithm.{name}", "method", "distill.divergence"), message
 
 
 def _steps(r: Recipe) -> Iterator[Inconsistency]:

@@ -250,10 +250,12 @@ class AlgorithmConfig(Section):
     geometric mean (2507.20673), soft gate (2511.20347), or no ratio."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     """Mean over the step's tokens (DAPO), mean of per-response means (GRPO), or sum / constant (Dr.GRPO)."""
-    clip_low: NonNegativeFloat = 0.2
-    """Ratio is clipped below at 1 - clip_low (gspo: 3e-4; gmpo: in log space, 0.4; cispo: 1 or more = no bound)."""
-    clip_high: NonNegativeFloat = 0.2
-    """Ratio is clipped above at 1 + clip_high (gspo: 4e-4; gmpo: in log space, 0.4)."""
+    clip_low: NonNegativeFloat | None = None
+    """Ratio is clipped below at 1 - clip_low; default: the objective's paper's, 0.2 (gspo, gspo_token: 3e-4; gmpo: 0.4,
+    in log space; cispo: 1, which is no bound)."""
+    clip_high: NonNegativeFloat | None = None
+    """Ratio is clipped above at 1 + clip_high; default: the objective's paper's, 0.2 (gspo, gspo_token: 4e-4; gmpo: 0.4,
+    in log space; cispo: 4, as in ScaleRL, 2510.13786)."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Upper bound on the ratio where the advantage is negative (1912.09729; also called two-sided clip)."""
     sapo_tau_pos: PositiveFloat = 1.0
@@ -275,9 +277,9 @@ class AlgorithmConfig(Section):
     kl_in_reward: bool | None = None
     """Take the KL off the reward instead of adding it to the loss; default: what the method's paper does (reward for
     ppo, rloo and reinforce_pp)."""
-    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] = "k3"
-    """Estimator of the KL; k3_k2 has k3's value and k2's gradient. k1 only in the reward: as a loss its expected
-    gradient is zero."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] | None = None
+    """Estimator of the KL; k3_k2 has k3's value and k2's gradient. Default: k1 in the reward, where no other has the
+    KL's gradient; k3 in the loss (reinforce_pp_baseline: k2), where k1 has none."""
     kl_target: PositiveFloat | None = None
     """Adapt kl_coef so that the KL stays near this (1909.08593), in nats per response."""
     kl_horizon: PositiveFloat = 10000.0
@@ -291,10 +293,10 @@ class AlgorithmConfig(Section):
     PPO), w inside the bounds else 0, sequences inside the bounds, or min(w of the sequence, cap)."""
     correction_cap: PositiveFloat = 2.0
     """Cap of tis and sequence_tis."""
-    correction_low: NonNegativeFloat = 0.5
-    """Lower bound of icepop, and of sequence_mask, whose mean over tokens wants bounds near 1."""
-    correction_high: PositiveFloat = 5.0
-    """Upper bound of icepop and sequence_mask."""
+    correction_low: NonNegativeFloat | None = None
+    """Lower bound of icepop (default 0.5) and of sequence_mask (default 0.999: its mean over tokens is near 1)."""
+    correction_high: PositiveFloat | None = None
+    """Upper bound of icepop (default 5) and of sequence_mask (default 1.001)."""
     replay: ReplayConfig | None = None
     """grpo: learn from groups of earlier steps again; needs a correction, since other weights sampled them."""
     mask_truncated: bool = False
@@ -322,6 +324,8 @@ class AlgorithmConfig(Section):
     """alpha of VAPO's lambda = 1 - 1 / (alpha * response length) for the policy, instead of lam."""
     positive_nll_coef: NonNegativeFloat = 0.0
     """Weight of the NLL on right answers (VAPO: 0.1)."""
+    correct_above: float = 0.5
+    """positive_nll_coef: a response is a right answer if its reward is above this."""
     ptx_coef: NonNegativeFloat = 0.0
     """Weight of the language-modelling loss on `ptx` data (InstructGPT's PPO-ptx)."""
 
@@ -349,6 +353,9 @@ class RewardModelConfig(Section):
     """Factor of its score in the reward."""
     normalize: bool = False
     """Subtract the mean and divide by the std that training stored with the model."""
+    steps: Literal["min", "product", "last"] | None = None
+    """Of a process reward model (prm): what of its steps' probabilities of being right is the reward; default: min
+    (2312.08935). product: 2305.20050."""
 
 
 class JudgeConfig(Section):
@@ -398,7 +405,8 @@ class ReferenceConfig(Section):
     update_every: Positive | None = None
     """Steps between updates of the reference towards the actor; default: it stays."""
     update_mix: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the actor in an update: reference <- mix * actor + (1 - mix) * reference; 1 replaces it."""
+    """Share of the actor in an update: reference <- mix * actor + (1 - mix) * reference; 1 replaces it. Below 1 the
+    average is one of whole weights (LoRA merged), kept in float32 in host memory."""
 
 
 class PtxConfig(Section):
@@ -435,18 +443,18 @@ class PreferenceConfig(Section):
         Annotated[float, Field(allow_inf_nan=False)],
     ] = Field(default_factory=lambda: {"dpo": 1.0}, min_length=1)
     """Losses by name and their weights; the weighted sum is the loss."""
-    beta: PositiveFloat = 0.1
-    """Strength of the pull towards the reference (simpo: 2 to 2.5)."""
+    beta: PositiveFloat | None = None
+    """Strength of the pull towards the reference; default 0.1 (simpo, where it is a scale of its own: 2)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the preferences that are taken to be wrong (cDPO, robust)."""
     simpo_gamma: NonNegativeFloat = 1.0
-    """simpo: target margin."""
+    """simpo: target margin; its paper has 0.3 to 1.6, half of beta is usual."""
     orpo_lambda: NonNegativeFloat = 0.1
     """orpo: weight of the odds ratio."""
     discopop_tau: PositiveFloat = 0.05
     """discopop: temperature of the mixture."""
-    nll_coef: NonNegativeFloat = 0.0
-    """Weight of the chosen answer's NLL per token (RPO's alpha; cpo: 1)."""
+    nll_coef: NonNegativeFloat | None = None
+    """Weight of the chosen answer's NLL per token (RPO's alpha); default 0 (cpo: 1, without which it is not CPO)."""
     wpo: bool = False
     """Weigh every pair by how likely the policy finds it (2406.11827)."""
     ld_alpha: Fraction = 1.0
@@ -503,8 +511,9 @@ class DistillConfig(Section):
     """Weight of the data's own NLL beside the divergence."""
     on_policy_frac: Fraction = 0.0
     """Share of the steps that imitate the teacher on the student's own responses (GKD's lambda)."""
-    top_k: Positive = 64
-    """Teacher log-probs kept per token; the rest of its distribution is one bucket."""
+    top_k: Positive | Literal["all"] = 64
+    """Teacher log-probs kept per token, the rest of its distribution one bucket: a lower bound of the divergence. all: the
+    whole of it, from the teacher's logits of one micro-batch at a time; needs the teacher in the actor's group."""
 
 
 class TeacherConfig(Section):
@@ -548,7 +557,7 @@ class TrainerConfig(Section):
     freeze: list[str] = Field(default_factory=list)
     """Parameters that stay as they are: names with *, for example model.embed_tokens.*"""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep a moving average of the weights with this decay per update and export it as the model."""
+    """Keep a moving average of the weights with this decay per update; it is what is evaluated and exported."""
     neftune_alpha: PositiveFloat | None = None
     """Noise on the input embeddings while training (NEFTune, 2310.05914)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -580,10 +589,14 @@ class EvaluationConfig(Section):
     """Held-out sets by name."""
     pairs: dict[str, DatasetConfig] = Field(default_factory=dict)
     """Held-out preference pairs by name (sft, rm, dpo, kto): how often the better answer gets the higher score."""
+    held_out: dict[str, DatasetConfig] = Field(default_factory=dict)
+    """Held-out rows of the training data's kind by name: loss on answers (sft), order of wanted and unwanted answers
+    (kto), verdicts on steps (prm)."""
     every: Positive | None = None
     """Steps between evaluations; before the first and after the last step it always runs."""
     keep_best: str | None = None
-    """Metric, for example eval/sums/pass@1: the model at its highest value is kept in stages/<stage>/model-best."""
+    """Metric, for example eval/sums/pass@1: the model at its best value (the lowest of a loss or of
+    truncated_frac) is kept in stages/<stage>/model-best."""
     samples: Positive = 1
     """Responses per prompt (n); above 1 they give mean@n, pass@k and, where the reward can read answers, maj@n."""
     ks: Annotated[list[Positive], Field(min_length=1)] | None = None
@@ -595,7 +608,7 @@ class EvaluationConfig(Section):
     correct_above: float = 0.5
     """A response counts as passed if its reward is above this."""
 
-    @field_validator("sets", "pairs", mode="before")
+    @field_validator("sets", "pairs", "held_out", mode="before")
     @classmethod
     def _none_is_no_set(cls, value: Any) -> Any:
         return {} if value is None else value  # how a recipe leaves out the sets of its base

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from rlhf.recipe.schema import DatasetConfig, Recipe
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
 from rlhf.runtime.groups import Groups, GroupSpec
-from rlhf.trainers.rewarding import RewardSum, judge_part, reward_model_part
+from rlhf.trainers.process_reward import model_part
+from rlhf.trainers.rewarding import RewardSum, judge_part
 from rlhf.trainers.roles import Actor, Clock, Critic, JudgeModel, Reference, RewardModel, Sampler, Teacher
 
 WORKER = "rlhf.trainers.worker:Worker"
+REWARD_OUTPUT = "reward.log"  # in the run directory: what reward functions in their own process print
 
 # What a method's rows are; the others sample from prompts.
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -56,6 +59,7 @@ class Datasets:
     train: Any
     eval_sets: Mapping[str, Any]  # prompts
     eval_pairs: Mapping[str, Any]  # preference pairs
+    held_out: Mapping[str, Any]  # rows of the training data's kind
     ptx: Any = None  # texts to keep modelling
     prompts: Any = None  # distill: the prompts of the student's own responses
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # online_dpo: answers by prompt id
@@ -68,7 +72,7 @@ class Datasets:
             "training data": self.train,
             **{f"evaluation set {n!r}": d for n, d in self.eval_sets.items()},
         }
-        sets |= {f"evaluation set {n!r}": d for n, d in self.eval_pairs.items()}
+        sets |= {f"evaluation set {n!r}": d for n, d in {**self.eval_pairs, **self.held_out}.items()}
         return sets | {name: dataset for name, dataset in more.items() if dataset is not None}
 
 
@@ -117,7 +121,11 @@ def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
     if recipe.method == "online_dpo" and recipe.online.pairs == "gold":
         answers = training_set(load_sft, context)
         more["gold"] = {answers[i].id: answers[i].response_ids for i in range(len(answers))}
-    return Datasets(train=train, eval_sets=eval_sets, eval_pairs=eval_pairs, **more)
+    held_out = {
+        name: rows_of(config, name, load, context, objects.eval_rows.get(name))
+        for name, config in recipe.evaluation.held_out.items()
+    }
+    return Datasets(train=train, eval_sets=eval_sets, eval_pairs=eval_pairs, held_out=held_out, **more)
 
 
 def _context(recipe: Recipe, objects: Objects) -> int:
@@ -133,6 +141,23 @@ def _room(context: int, response_tokens: int, section: str) -> int:
             f"{context} tokens; lower it"
         )
     return context - response_tokens
+
+
+def evaluated_before(recipe: Recipe, start: Recipe | None) -> frozenset[str]:
+    """The evaluation sets whose values the stage `start` found at its end, for the model with which a stage of `recipe`
+    starts: the same rows, sampled and rewarded alike."""
+    if start is None or _how_evaluated(start) != _how_evaluated(recipe):
+        return frozenset()
+    before = start.evaluation.sets
+    return frozenset(name for name, config in recipe.evaluation.sets.items() if before.get(name) == config)
+
+
+def _how_evaluated(recipe: Recipe) -> tuple[Any, ...]:
+    """Everything that an evaluation depends on, beside the rows and the model, whose tokenizer is handed on with it."""
+    e, rollout = recipe.evaluation, recipe.rollout
+    rewards = (recipe.reward, recipe.reward_model, recipe.judge)
+    sampling = (e.samples, e.temperature, e.max_response_tokens or rollout.max_response_tokens, rollout.stop)
+    return (sampling, rewards, e.ks, e.correct_above, recipe.model.dtype, recipe.run.seed)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -215,11 +240,12 @@ def make_roles(
     sampler = None
     if "rollout" in needed:
         sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
-    scorer = Scorer(recipe.reward, functions=objects.reward_functions) if recipe.reward else None
+    scorer = None
+    if recipe.reward:
+        output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT
+        scorer = Scorer(recipe.reward, functions=objects.reward_functions, output=output)
     reward_model, judge = role("reward", RewardModel), role("judge", JudgeModel)
-    parts = (
-        [] if reward_model is None else [reward_model_part(reward_model, weight=recipe.reward_model.weight)]
-    )
+    parts = [] if reward_model is None else [model_part(recipe.reward_model, reward_model, tokenizer)]
     parts += [] if judge is None else [judge_part(recipe.judge, judge)]
     if parts:
         scorer = RewardSum(scorer, parts)

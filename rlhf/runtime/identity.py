@@ -1,14 +1,14 @@
 """What a run was started with, in a few short hashes: kept in its checkpoints, compared when it goes on.
 
-A recipe names a model, a tokenizer and data by path, and what is at the path may change between two starts of the same
-command. Not here: the recipe itself (`rlhf.runtime.run`), and the hashes of datasets (`rlhf.data`).
+A recipe names a model, a tokenizer, data and reward functions by path, and what is at the path may change between two
+starts of the same command. Not here: the recipe itself (`rlhf.runtime.run`), and the hashes of datasets (`rlhf.data`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checkpoint import Checkpoint, CheckpointError
-from rlhf.recipe.schema import ModelConfig
+from rlhf.recipe.functions import built_in
+from rlhf.recipe.outputs import MODEL_SECTIONS
+from rlhf.recipe.schema import ModelConfig, Recipe, RewardConfig
+from rlhf.recipe.source_code import Opaque, module_file
 
 Identity = Mapping[str, Mapping[str, str]]  # {what: {part: hash}}
 
@@ -26,6 +29,32 @@ _SAMPLES, _BLOCK_BYTES = (
     4096,
 )  # read of each weight file, evenly spaced, beside its header: 100 GB take seconds
 _VALUES = 1024  # of each parameter of a model object
+
+
+def stage_identity(
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Mapping[str, Any],
+    model: torch.nn.Module | None,
+    reward_functions: Mapping[str, Callable],
+) -> dict[str, dict[str, str]]:
+    """Of everything that a stage names and that is not in its recipe. `datasets` by what a message calls them; `model`
+    and `reward_functions` are what the Python API was handed."""
+    seed, others = recipe.run.seed, {}
+    for name in MODEL_SECTIONS:
+        section = getattr(recipe, name)
+        if name != "model" and section is not None and section.path is not None:
+            others[name.replace("_", " ")] = model_identity(
+                ModelConfig(path=section.path), seed=seed, model=None
+            )
+    return {
+        "model": model_identity(recipe.model, seed=seed, model=model),
+        **others,
+        "tokenizer": tokenizer_identity(tokenizer),
+        **{name: {"rows": dataset.fingerprint} for name, dataset in datasets.items()},
+        **rewards_identity(recipe.reward, reward_functions),
+    }
 
 
 def model_identity(config: ModelConfig, *, seed: int, model: torch.nn.Module | None) -> dict[str, str]:
@@ -62,6 +91,33 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
+def rewards_identity(
+    rewards: Sequence[RewardConfig], handed_over: Mapping[str, Callable]
+) -> dict[str, dict[str, str]]:
+    """{"reward function NAME": {"source": hash}} of the files that hold the recipe's own functions.
+
+    What such a file imports is not seen. Built-in rules are this package's; the Python API has the hash of a function
+    that was handed over in its name. A module without Python source has no entry.
+    """
+    found = {}
+    for name in dict.fromkeys(config.function for config in rewards):
+        file = None if name in handed_over or name in built_in() else _file_of(name)
+        if file is not None:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            found[f"reward function {name!r}"] = {"source": digest}
+    return found
+
+
+def _file_of(function: str) -> Path | None:
+    where = function.rpartition(":")[0]
+    if where.endswith(".py"):
+        return Path(where).expanduser()
+    try:
+        return None if where.split(".")[0] == "rlhf" else module_file(where)
+    except Opaque:
+        return None
+
+
 def check_identity(checkpoint: Checkpoint, now: Identity) -> None:
     """Raise CheckpointError, naming every difference, unless the checkpoint was saved in a run of this identity."""
     before: Identity = checkpoint.meta.get("identity", {})  # a checkpoint of an early version has none
@@ -76,7 +132,7 @@ def check_identity(checkpoint: Checkpoint, now: Identity) -> None:
         raise CheckpointError(
             f"{checkpoint.path} was saved in a run with another {names} (hash then -> hash now):{lines}\n"
             f"Its weights, optimiser state and curves belong to that one. Put the {names} back as it was, or start a new "
-            "run under another run.name"
+            "run: --fresh (in Python train(fresh=True)), or another run.name"
         )
 
 

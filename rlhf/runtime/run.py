@@ -6,6 +6,8 @@
         timings.jsonl    what the clock said, in the same form
         samples.jsonl    prompts, responses, rewards
         report.html      curves and samples, readable anywhere
+        reward.log       what the recipe's own reward functions print
+        error.log        the traceback of what stopped the run, until a later start gets through
         stages/<stage>/  checkpoints, and when the stage is over its model and finished.json
         model/           the last stage's model in Hugging Face's format
 
@@ -22,33 +24,34 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    RunInUseError,
-    check_space,
-    find_checkpoint,
-    is_disk_full,
-    run_lock,
-)
+from rlhf.checkpoint import Checkpoint, CheckpointError, check_space, find_checkpoint, is_disk_full
 from rlhf.console import Console
 from rlhf.data import num_steps, rows_from
 from rlhf.faults import fault_point
 from rlhf.models import load_tokenizer
 from rlhf.recipe.load import Plan, dump_plan
-from rlhf.recipe.load import Stage as StagePlan
-from rlhf.recipe.outputs import MODEL_SECTIONS, resolve_outputs, start_stage
-from rlhf.recipe.schema import ModelConfig, Recipe
+from rlhf.recipe.outputs import resolve_outputs, start_stage
+from rlhf.recipe.schema import Recipe
 from rlhf.runlog import flush_to_disk, write_atomically
-from rlhf.runtime.assemble import Objects, group_specs, load_datasets, make_roles, sampling_params
+from rlhf.runtime.assemble import (
+    Datasets,
+    Objects,
+    evaluated_before,
+    group_specs,
+    load_datasets,
+    make_roles,
+    sampling_params,
+)
 from rlhf.runtime.earlier import finished_message, is_finished, run_directory
 from rlhf.runtime.groups import Groups, launch
-from rlhf.runtime.identity import check_identity, model_identity, tokenizer_identity
+from rlhf.runtime.identity import Identity, check_identity, stage_identity
+from rlhf.runtime.lock import RunInUseError, run_lock
 from rlhf.tracking import Tracker
 from rlhf.trainers.distill import train_distill
 from rlhf.trainers.dpo import train_dpo
@@ -75,6 +78,7 @@ METHODS: dict[str, Callable[[Stage], None]] = {
     "distill": train_distill,
 }
 _STATUS = {Preempted: "preempted", KeyboardInterrupt: "interrupted"}
+ERROR_FILE = "error.log"  # in the run directory, until a later start gets through
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 0, 1, 130, 143
 
 
@@ -95,8 +99,8 @@ def run_plan(plan: Plan, *, fresh: bool = False) -> int:
     except Exception as error:  # the outermost boundary: say it, keep the traceback, exit non-zero
         text = f"{type(error).__name__}: {error}"
         if run_dir.is_dir() and not isinstance(error, RunInUseError):  # that folder is another run's
-            (run_dir / "error.log").write_text(traceback.format_exc())
-            text += f"\nThe traceback is in {run_dir / 'error.log'}"
+            (run_dir / ERROR_FILE).write_text(traceback.format_exc())
+            text += f"\nThe traceback is in {run_dir / ERROR_FILE}"
         _complain(console, text)
         if os.environ.get("RLHF_DEBUG"):
             traceback.print_exc()
@@ -131,6 +135,31 @@ def _complain(console: Console, text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every stage of a run shares."""
+
+    folder: Path
+    objects: Objects
+    tracker: Tracker
+    asked_to_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One stage, and where it stands in the run."""
+
+    name: str
+    recipe: Recipe
+    start: Recipe | None  # of the stage whose model it starts from
+    folder: Path
+    model_dir: Path
+
+    @property
+    def finished_file(self) -> Path:
+        return self.folder / "finished.json"
+
+
 def _run_stages(
     plan: Plan, run_dir: Path, objects: Objects, console: Console, asked_to_stop: Callable[[], bool]
 ) -> None:
@@ -140,16 +169,14 @@ def _run_stages(
     resolved = dump_plan(plan)
     write_atomically(run_dir / "recipe.yaml", resolved, durable=True)
 
-    remaining, offset = _stages_in_order(plan, run_dir), 0
-    spans: list[tuple[StagePlan, int, int]] = []  # finished stages: first and last step
-    while remaining and (run_dir / "stages" / remaining[0].name / "finished.json").is_file():
+    remaining, offset = _places(plan, run_dir), 0
+    spans: list[tuple[_Place, int, int]] = []  # finished stages: first and last step
+    while remaining and remaining[0].finished_file.is_file():
         done = remaining.pop(0)
-        steps = json.loads((run_dir / "stages" / done.name / "finished.json").read_text())["steps"]
+        steps = json.loads(done.finished_file.read_text())["steps"]
         spans.append((done, offset + 1, offset + steps))
         offset += steps
-    checkpoint = (
-        find_checkpoint(run_dir / "stages" / remaining[0].name / "checkpoints") if remaining else None
-    )
+    checkpoint = find_checkpoint(remaining[0].folder / "checkpoints") if remaining else None
     reached = offset + (checkpoint.meta["progress"]["step"] if checkpoint else 0)
     tracker = Tracker(
         run_dir,
@@ -160,139 +187,143 @@ def _run_stages(
         console=console,
         recipe_source=plan.source,
     )
+    run = _Run(run_dir, objects, tracker, asked_to_stop)
     try:
         for done, first, last in spans:
             tracker.begin_stage(done.name, method=done.recipe.method, first_step=first, last_step=last)
-        for stage_plan in remaining:
+        for place in remaining:
             if asked_to_stop():
-                raise Preempted(f"stopped before stage {stage_plan.name!r}")
-            folder = run_dir / "stages" / stage_plan.name
-            model_dir = run_dir / "model" if stage_plan is remaining[-1] else folder / "model"
-            goes_on = (
-                start_stage([s.name for s in plan.stages].index(stage_plan.name), plan.stages) is not None
-            )
-            offset += _run_stage(
-                stage_plan, folder, model_dir, offset, checkpoint, tracker, objects, asked_to_stop, goes_on
-            )
+                raise Preempted(f"stopped before stage {place.name!r}")
+            offset += _run_stage(run, place, offset, checkpoint)
             checkpoint = None
         tracker.add_facts({"model": run_dir / "model"})
         tracker.close("finished")
         _write_json(run_dir / "finished.json", {"steps": offset, "model": "model"})
+        (run_dir / ERROR_FILE).unlink(missing_ok=True)  # of an earlier start
     except BaseException as error:
         tracker.close(_STATUS.get(type(error), "failed"), reason=f"{type(error).__name__}: {error}")
         raise
 
 
-def _run_stage(
-    plan: StagePlan,
-    folder: Path,
-    model_dir: Path,
-    offset: int,
-    checkpoint: Checkpoint | None,
-    tracker: Tracker,
-    objects: Objects,
-    asked_to_stop: Callable[[], bool],
-    goes_on: bool,
-) -> int:
-    """Run one stage to its end and write its model. Returns its number of steps. `goes_on`: it starts from the model of
-    an earlier stage."""
-    recipe, trainer = plan.recipe, plan.recipe.trainer
-    tokenizer = objects.tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
-    data = load_datasets(recipe, tokenizer, objects)
-    sampling, eval_sampling = sampling_params(recipe, tokenizer, objects)
-    rows_per_step = trainer.prompts_per_step
-    total_steps = trainer.steps or num_steps(
-        len(data.train), epochs=trainer.epochs, rows_per_step=rows_per_step
-    )
-    updates = total_steps * trainer.minibatches_per_step * trainer.passes_per_step
+def _run_stage(run: _Run, place: _Place, offset: int, checkpoint: Checkpoint | None) -> int:
+    """Run one stage, after `offset` steps of the run, to its end and write its model. Returns its number of steps."""
+    recipe, tracker = place.recipe, run.tracker
+    tokenizer = run.objects.tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
+    data = load_datasets(recipe, tokenizer, run.objects)
+    total_steps = _num_steps(recipe, data)
     tracker.begin_stage(
-        plan.name, method=recipe.method, first_step=offset + 1, last_step=offset + total_steps
+        place.name, method=recipe.method, first_step=offset + 1, last_step=offset + total_steps
     )
-    for name, dataset in data.named.items():
-        left_out = [f"{n} {what}" for what, n in dataset.counts.items() if n and what != "kept"]
-        if left_out:
-            tracker.warn(f"{name}: {len(dataset)} rows kept, {', '.join(left_out)}".replace("_", " "))
-    rows_from(len(data.train), seed=recipe.run.seed, position=0, count=rows_per_step)  # enough for a step?
-    identity = {
-        "model": model_identity(recipe.model, seed=recipe.run.seed, model=objects.model),
-        **_others_identity(recipe),
-        "tokenizer": tokenizer_identity(tokenizer),
-        **{name: {"rows": dataset.fingerprint} for name, dataset in data.named.items()},
-    }
+    _say_left_out(data, tracker)
+    identity = stage_identity(
+        recipe,
+        tokenizer=tokenizer,
+        datasets=data.named,
+        model=run.objects.model,
+        reward_functions=run.objects.reward_functions,
+    )
     if checkpoint is not None:
         for damaged in checkpoint.damaged:
             tracker.warn(f"checkpoint {damaged.path} is damaged and passed over: {damaged.reason}")
         check_identity(checkpoint, identity)
     tracker.phase("starting processes and loading models")
-    with launch(group_specs(recipe, updates, objects), recipe.runtime) as groups:
-        clock = Clock()
-        by_group = [group.call("describe") for group in groups.values()]
-        described = [facts for answers in by_group for facts in answers]
-        _report_exactness(recipe, described, tracker)
-        check_space(
-            folder / "checkpoints",
-            checkpoint_bytes=sum(answers[0]["checkpoint_bytes"] for answers in by_group),
-            keep_last=recipe.run.keep_last,
-            model_bytes=max(d["model_bytes"] for d in described),
-        )
-        stage = Stage(
-            name=plan.name,
-            recipe=recipe,
-            folder=folder,
-            offset=offset,
-            total_steps=total_steps,
-            data=data.train,
-            eval_sets=data.eval_sets,
-            eval_pairs=data.eval_pairs,
-            ptx_data=data.ptx,
-            prompt_data=data.prompts,
-            gold=data.gold,
-            tracker=tracker,
-            clock=clock,
-            sampling=sampling,
-            eval_sampling=eval_sampling,
-            identity=identity,
-            evaluated=goes_on,
-            export=lambda folder: _export(groups, folder),
-            should_stop=asked_to_stop,
-            **make_roles(recipe, groups, clock, tokenizer, objects),
+    updates = total_steps * recipe.trainer.minibatches_per_step * recipe.trainer.passes_per_step
+    with launch(group_specs(recipe, updates, run.objects), recipe.runtime) as groups:
+        _describe(groups, place, tracker)
+        stage = _stage_of(
+            run, place, offset, total_steps, data=data, identity=identity, groups=groups, tokenizer=tokenizer
         )
         if checkpoint is not None:
             stage.resume(checkpoint)
         METHODS[recipe.method](stage)
-        _export(groups, model_dir)
-        _write_json(folder / "finished.json", {"stage": plan.name, "steps": total_steps})
+        _export(groups, place.model_dir)
+        _write_json(place.finished_file, {"stage": place.name, "steps": total_steps})
         fault_point("stage.finished")
     return total_steps
 
 
-def _others_identity(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Of the models beside the one that is trained."""
-    sections = {name: getattr(recipe, name) for name in MODEL_SECTIONS if name != "model"}
-    return {
-        name.replace("_", " "): model_identity(
-            ModelConfig(path=section.path), seed=recipe.run.seed, model=None
-        )
-        for name, section in sections.items()
-        if section is not None and section.path is not None
-    }
+def _stage_of(
+    run: _Run,
+    place: _Place,
+    offset: int,
+    total_steps: int,
+    *,
+    data: Datasets,
+    identity: Identity,
+    groups: Groups,
+    tokenizer: Any,
+) -> Stage:
+    """What the method's loop works with."""
+    recipe, clock = place.recipe, Clock()
+    sampling, eval_sampling = sampling_params(recipe, tokenizer, run.objects)
+    return Stage(
+        name=place.name,
+        recipe=recipe,
+        folder=place.folder,
+        offset=offset,
+        total_steps=total_steps,
+        data=data.train,
+        eval_sets=data.eval_sets,
+        eval_pairs=data.eval_pairs,
+        held_out=data.held_out,
+        ptx_data=data.ptx,
+        prompt_data=data.prompts,
+        gold=data.gold,
+        tracker=run.tracker,
+        clock=clock,
+        sampling=sampling,
+        eval_sampling=eval_sampling,
+        identity=identity,
+        evaluated=evaluated_before(recipe, place.start),
+        export=lambda folder: _export(groups, folder),
+        should_stop=run.asked_to_stop,
+        **make_roles(recipe, groups, clock, tokenizer, run.objects),
+    )
 
 
 # -- parts of a stage -----------------------------------------------------------------------------------------------
 
 
+def _num_steps(recipe: Recipe, data: Datasets) -> int:
+    """Steps of the stage. Raises ValueError where the data is too small for one."""
+    trainer, rows = recipe.trainer, len(data.train)
+    rows_from(rows, seed=recipe.run.seed, position=0, count=trainer.prompts_per_step)
+    return trainer.steps or num_steps(rows, epochs=trainer.epochs, rows_per_step=trainer.prompts_per_step)
+
+
+def _say_left_out(data: Datasets, tracker: Tracker) -> None:
+    for name, dataset in data.named.items():
+        left_out = [f"{n} {what}" for what, n in dataset.counts.items() if n and what != "kept"]
+        if left_out:
+            tracker.warn(f"{name}: {len(dataset)} rows kept, {', '.join(left_out)}".replace("_", " "))
+
+
+def _describe(groups: Groups, place: _Place, tracker: Tracker) -> None:
+    """Say what the processes say of themselves. Raises CheckpointError where their checkpoints find no space."""
+    by_group = [group.call("describe") for group in groups.values()]
+    described = [facts for answers in by_group for facts in answers]
+    _report_exactness(place.recipe, described, tracker)
+    check_space(
+        place.folder / "checkpoints",
+        checkpoint_bytes=sum(answers[0]["checkpoint_bytes"] for answers in by_group),
+        keep_last=place.recipe.run.keep_last,
+        model_bytes=max(d["model_bytes"] for d in described),
+    )
+
+
 def _report_exactness(recipe: Recipe, described: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
     """Say whether engine and trainer agree bit for bit on these machines, aloud where it was asked for and is not so.
 
-    It holds if every engine passed its probe, and trainer and engine run on the same kind of device.
+    It holds if every engine passed its probe, and trainer and engine run on the same kind of device. Nothing is said
+    where there is no engine.
     """
     parameters = max(d["parameters"] for d in described)
     reports = [d["exactness"] for d in described if "exactness" in d]
     one_kind = len({d["device"] for d in described}) == 1
     exact = recipe.runtime.deterministic and bool(reports) and one_kind and all(r.exact for r in reports)
-    tracker.add_facts(
-        {"parameters": f"{parameters:,}", "log-probs of engine and trainer bitwise equal": exact}
-    )
+    tracker.add_facts({"parameters": f"{parameters:,}"})
+    if reports:
+        tracker.add_facts({"log-probs of engine and trainer bitwise equal": exact})
     if recipe.runtime.deterministic and reports and not exact:
         worst = max(r.max_abs_diff for r in reports)
         tracker.warn(
@@ -327,16 +358,27 @@ def _export(groups: Groups, model_dir: Path) -> None:
 # -- the run directory ----------------------------------------------------------------------------------------------
 
 
-def _stages_in_order(plan: Plan, run_dir: Path) -> list[StagePlan]:
-    """The stages, with the folders of what they take from earlier ones."""
-    stages = plan.stages
+def _places(plan: Plan, run_dir: Path) -> list[_Place]:
+    """The stages in order, with the folders of what they take from earlier ones."""
+    stages, last = plan.stages, plan.stages[-1].name
 
     def folder_of(name: str) -> Path:
         return run_dir / "stages" / name
 
+    starts = [start_stage(i, stages) for i in range(len(stages))]
+    recipes = {
+        stage.name: resolve_outputs(stage.recipe, start, folder_of)
+        for stage, start in zip(stages, starts, strict=True)
+    }
     return [
-        StagePlan(stage.name, resolve_outputs(stage.recipe, start_stage(i, stages), folder_of))
-        for i, stage in enumerate(stages)
+        _Place(
+            name,
+            recipe,
+            start=recipes[start] if start is not None else None,
+            folder=folder_of(name),
+            model_dir=run_dir / "model" if name == last else folder_of(name) / "model",
+        )
+        for (name, recipe), start in zip(recipes.items(), starts, strict=True)
     ]
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.dpo_vs_ppo import KINDS, figure, measure, rows, run, select, table
 
-# A third of the recipe's updates at twice their size.
+# Fewer updates, and larger ones after the reference.
 SHORT = (
-    *("stages.sft.trainer.steps=300", "stages.dpo.trainer.steps=60", "stages.rm.trainer.steps=60"),
-    *("stages.ppo.trainer.steps=40", "stages.ppo.rollout.group_size=2"),
+    *("stages.sft.trainer.steps=250", "stages.dpo.trainer.steps=50", "stages.rm.trainer.steps=50"),
+    *("stages.ppo.trainer.steps=32", "stages.ppo.rollout.group_size=2"),
     *(f"stages.{stage}.trainer.lr=5e-4" for stage in ("dpo", "rm", "ppo")),
 )
 
@@ -33,11 +33,11 @@ def test_dpo_leaves_the_preferences_and_ppo_does_not(trained):
         {kind: select(found, "recipe", policy, kind)[0] for kind in KINDS}
         for policy in ("reference", "DPO", "PPO")
     )
-    print(table(found))
-    assert dpo["uncovered"] > 2 * reference["uncovered"] and ppo["uncovered"] < 1.3 * reference["uncovered"]
-    assert dpo["no answer"] > 2 * ppo["no answer"]
+    assert dpo["uncovered"] > 3 * reference["uncovered"], table(found)
+    assert ppo["uncovered"] < 1.5 * reference["uncovered"], table(found)
+    assert dpo["no answer"] > 2 * ppo["no answer"], table(found)
     for policy in (dpo, ppo):  # both learned what the pairs say
-        assert policy["preferred"] > 0.5 > reference["preferred"] and policy["dispreferred"] < 0.2
+        assert policy["preferred"] > 0.5 and policy["dispreferred"] < 0.2, table(found)
 
 
 def test_every_response_is_counted_once(trained):

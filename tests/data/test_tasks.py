@@ -25,7 +25,7 @@ GOLDEN = [
         "rejected": "####13",
         "judged": "9-7=2 2+4=6 6+4=10####10",
         "label": True,
-        "completions": ["9-7=2 ", "2+4=6 ", "6+4=10 "],
+        "completions": ["9-7=2", "2+4=6", "6+4=10"],
         "labels": [True, True, True],
     },
     {
@@ -37,7 +37,7 @@ GOLDEN = [
         "rejected": "9+3=9 9+3=12 12+5=17####17",
         "judged": "9+3=12 12+3=15 15+5=20####20",
         "label": True,
-        "completions": ["9+3=12 ", "12+3=15 ", "15+5=20 "],
+        "completions": ["9+3=12", "12+3=15", "15+5=20"],
         "labels": [True, True, True],
     },
 ]
@@ -86,10 +86,10 @@ def test_pairs_labels_and_steps_are_true() -> None:
     for row, guess in zip(rows, guesses, strict=True):
         assert final_number(row["chosen"]) == int(row["answer"]) != final_number(row["rejected"])
         assert row["judged"] == row["chosen" if row["label"] else "rejected"]
-        steps = "".join(row["completions"]).rstrip()
+        steps = " ".join(row["completions"])
         assert row["judged"].startswith(steps + "####") or (guess and not row["label"])
         worked = row["chosen"].partition("####")[0].split(" ")
-        same = [step.rstrip() == right for step, right in zip(row["completions"], worked, strict=True)]
+        same = [step == right for step, right in zip(row["completions"], worked, strict=True)]
         assert row["labels"] == same  # a slip is carried on: later steps differ too
         assert all(same) == row["label"]
         assert set(row["rejected"] + steps) <= set(BuildTokenizerConfig().alphabet)

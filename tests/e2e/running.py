@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter
+
+from rlhf.recipe.reads import unread
+from rlhf.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +79,32 @@ def merged(base: dict, changes: dict) -> dict:
         deeper = isinstance(value, dict) and value and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if deeper else value
     return result
+
+
+def of_method(base: dict, changes: dict) -> dict:
+    """`base` with `changes`, without what of `base` their method does not read, which a recipe may not state."""
+    recipe = merged(base, changes)
+    whole = Recipe.model_construct(
+        **{
+            name: TypeAdapter(Recipe.model_fields[name].annotation).validate_python(v)
+            for name, v in recipe.items()
+        }
+    )
+    for found in unread(whole):
+        if _at(changes, found.key) is None and _at(recipe, found.key) is not None:
+            recipe = _without(recipe, found.key)
+    return recipe
+
+
+def _at(recipe: dict, key: tuple[str, ...]) -> object:
+    for name in key:
+        recipe = recipe.get(name) if isinstance(recipe, dict) else None
+    return recipe
+
+
+def _without(recipe: dict, key: tuple[str, ...]) -> dict:
+    rest = {name: value for name, value in recipe.items() if name != key[0]}
+    return rest if len(key) == 1 else {**rest, key[0]: _without(recipe[key[0]], key[1:])}
 
 
 def trainer_in(folder: Path):

@@ -148,3 +148,23 @@ def test_what_the_objects_lack_is_told_before_anything_loads(tmp_path):
         )
     for said in ("./nowhere", "tset.jsonl", "did you mean 'prompt'?", "'solution', which data has not"):
         assert said in str(caught.value)
+
+
+def test_objects_of_another_kind_are_one_clear_error(model_and_tokenizer):
+    """Would catch: the splits of a DatasetDict read as one row of no columns, a data frame read as its column names, an
+    AttributeError from inside for what is no model."""
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:4]))
+    given = {"model": "./model", "train_dataset": ROWS, "reward": "gsm8k", **SETTINGS}
+    for changed, said in [
+        ({"train_dataset": splits}, r"train_dataset is a DatasetDict of 'train', 'test': .*\['train'\]"),
+        ({"eval_dataset": splits}, "eval_dataset is a DatasetDict of 'train', 'test'"),
+        ({"train_dataset": {"prompt": ["1+1="], "answer": ["2"]}}, "a dict of 'prompt', 'answer': give rows"),
+        ({"train_dataset": ["1+1="]}, "a list whose first entry is '1\\+1='"),
+        ({"model": object()}, "model is of type object"),
+        ({"model": model_and_tokenizer[0]}, "pass tokenizer="),
+        ({"model": model_and_tokenizer[0], "tokenizer": "./model"}, "tokenizer is of type str"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            GRPOTrainer(**{**given, **changed})

@@ -24,7 +24,7 @@ from rlhf.recipe.load import load_plan, plan_from_dict
 from rlhf.recipe.schema import DatasetConfig, ModelConfig, Recipe, TokenizerConfig
 from rlhf.runtime.run import train_plan
 from rlhf.values import batch_rewards
-from tests.e2e.running import TINY, merged, records
+from tests.e2e.running import TINY, merged, of_method, records
 
 TOLERANCE = 1e-5  # of each number, relative above 1
 HELD_OUT = {"held": {"task": "chain_arithmetic", "task_args": {"split": "eval", "count": 12, "terms": 3}}}
@@ -76,7 +76,7 @@ def train(tmp_path_factory) -> Train:
     folder, made = tmp_path_factory.mktemp("equivalence"), {}
 
     def run(method: str, changes: dict | None = None) -> Path:
-        recipe = merged(merged(BASE, METHODS[method]), changes or {})
+        recipe = of_method(BASE, merged(METHODS[method], changes or {}))
         key = repr(recipe)
         if key not in made:
             recipe["run"] |= {"name": f"{method}-{len(made)}", "output_dir": str(folder)}
@@ -100,7 +100,7 @@ def test_however_a_step_is_cut_or_split_the_curve_is_the_same(train: Train, meth
 def test_two_processes_give_the_same_curve(train: Train, one_cluster: None, method: str):
     """Would catch: a mean, a maximum or whitening over one process's rows, a pair that is parted, responses that depend
     on which engine samples them, a reference or a critic that only one process has."""
-    roles = plan_from_dict(merged(merged(BASE, METHODS[method]), {})).stages[0].recipe.roles
+    roles = plan_from_dict(of_method(BASE, METHODS[method])).stages[0].recipe.roles
     changes = {
         "placement": {"all": {"roles": list(roles), "processes": 2}},
         "runtime": {"backend": "ray"},
@@ -116,7 +116,7 @@ def one_cluster() -> Iterator[None]:
     from rlhf.runtime.ray_groups import Cluster
 
     spec = GroupSpec("all", ("actor",), num_processes=2, gpus=0, worker="rlhf.trainers.worker:Worker")
-    cluster = Cluster([spec], plan_from_dict(merged(BASE, METHODS["sft"])).stages[0].recipe.runtime)
+    cluster = Cluster([spec], plan_from_dict(of_method(BASE, METHODS["sft"])).stages[0].recipe.runtime)
     yield
     cluster.stop()
 

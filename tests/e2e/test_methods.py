@@ -17,7 +17,7 @@ from rlhf.models import build_model, build_tokenizer
 from rlhf.recipe.load import plan_from_dict
 from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
 from rlhf.runtime.run import train_plan
-from tests.e2e.running import ROOT, TINY, merged, records
+from tests.e2e.running import ROOT, TINY, merged, of_method, records
 
 HELD_OUT = {"task": "chain_arithmetic", "task_args": {"split": "eval", "count": 20, "terms": 3}}
 
@@ -28,7 +28,7 @@ METHODS = {
         "evaluation": {"pairs": {"held": HELD_OUT}},
     },
     "rm": {"method": "rm", "evaluation": {"sets": {}, "pairs": {"held": HELD_OUT}}},
-    "prm": {"method": "prm", "evaluation": {"sets": {}}, "data": {"step_separator": ""}},
+    "prm": {"method": "prm", "evaluation": {"sets": {}}, "data": {"step_separator": " "}},
     "dpo": {"method": "dpo"},
     "tr_dpo": {"method": "dpo", "reference": {"update_every": 2, "update_mix": 0.6}},
     "aot": {"method": "dpo", "preference": {"losses": {"aot": 1.0}}},
@@ -67,7 +67,7 @@ METHODS = {
     },
     "reinforce_pp": {
         "method": "grpo",
-        "algorithm": {"advantage": "reinforce_pp", "kl_coef": 0.01, "kl_estimator": "k1"},
+        "algorithm": {"advantage": "reinforce_pp", "kl_coef": 0.01},
     },
     "curriculum": {
         "method": "grpo",
@@ -91,12 +91,12 @@ METHODS = {
     },
     "ppo": {
         "method": "ppo",
-        "algorithm": {"kl_coef": 0.01, "kl_estimator": "k1"},
+        "algorithm": {"kl_coef": 0.01},
         "critic": {"lr": 1e-3, "pretrain_steps": 1},
     },
     "shared_critic": {
         "method": "ppo",
-        "algorithm": {"kl_coef": 0.01, "kl_estimator": "k1", "ptx_coef": 0.1},
+        "algorithm": {"kl_coef": 0.01, "ptx_coef": 0.1},
         "critic": {"shared": True},
         "trainer": {"minibatches_per_step": 2, "zero_stage": 2},
         "ptx": {
@@ -154,7 +154,7 @@ def recipe_for(changes: dict) -> dict:
         "zero_stage": 0,
         "micro_batch_tokens": 128,
     }
-    return merged(recipe, changes)
+    return of_method(recipe, changes)
 
 
 @pytest.fixture

@@ -7,8 +7,12 @@ import json
 
 import pytest
 
-from rlhf.recipe.load import RecipeError, plan_from_dict
-from tests.e2e.running import TINY, digest, merged, records, trainer_in
+from rlhf.checkpoint import find_checkpoint
+from rlhf.recipe.load import RecipeError, load_plan, plan_from_dict
+from rlhf.recipe.outputs import start_stage
+from rlhf.recipe.schema import ModelConfig
+from rlhf.runtime.identity import model_identity
+from tests.e2e.running import ROOT, TINY, digest, merged, records, trainer_in
 
 SUMS = {"task": "chain_arithmetic", "task_args": {"split": "train", "count": 100, "terms": 2}}
 SELECTED = {"path": "stage:select", "task": None, "task_args": None, "prompt_column": "not there"}
@@ -44,6 +48,16 @@ def line() -> dict:
 
 
 STEPS = {"cold_start": 4, "grpo": 2, "select": 5, "sft": 3, "mixed": 4, "distill": 4, "rm": 3}
+# Whose model each stage starts from: the SFT of the R1 line goes back to the cold start, and all after it goes on from there.
+STARTS = {
+    "cold_start": None,
+    "grpo": "cold_start",
+    "select": "grpo",
+    "sft": "cold_start",
+    "mixed": "sft",
+    "distill": None,
+    "rm": "mixed",
+}
 # Killed at each of these, in order; steps count over the run.
 KILLED_AT = (("track", 9), ("checkpoint.before_rename", 11), ("reward.mid", 17), ("train.backward", 21))
 
@@ -70,6 +84,32 @@ def test_every_stage_takes_what_the_earlier_ones_made(whole_line):
     assert small < 0.5 * (whole_line / "stages" / "mixed" / "model" / "model.safetensors").stat().st_size
     assert by_stage["distill"][-1]["distill/divergence"] > 0
     assert "rm/accuracy" in by_stage["rm"][-1]
+
+
+def test_every_stage_starts_from_the_latest_of_its_line(whole_line):
+    """Would catch: a stage after a restart that goes on from what the restart left behind, a scoring model as a start."""
+    stages = plan_from_dict(line()).stages
+    assert {s.name: start_stage(i, stages) for i, s in enumerate(stages)} == STARTS
+    for name, start in STARTS.items():
+        saved = find_checkpoint(whole_line / "stages" / name / "checkpoints").meta["identity"]["model"]
+        folder = whole_line / "stages" / str(start) / "model"
+        if start is None:
+            assert list(saved) == ["build"], name
+        else:
+            assert saved == model_identity(ModelConfig(path=str(folder)), seed=0, model=None), name
+
+
+def test_the_recipe_of_the_r1_line_starts_its_stages_as_the_paper_does():
+    """Would catch: RL over mixed tasks from the weights before the second SFT, which nothing would then use."""
+    stages = load_plan(str(ROOT / "recipes" / "arithmetic" / "r1.yaml")).stages
+    assert {s.name: start_stage(i, stages) for i, s in enumerate(stages)} == {
+        "warmup": None,
+        "rl": "warmup",
+        "select": "rl",
+        "sft": "warmup",
+        "rl_mixed": "sft",
+        "distill": None,
+    }
 
 
 def test_what_was_selected_is_what_the_next_stage_learns_from(whole_line):

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf.models import build_model, build_tokenizer, save_model
 from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
-from tests.e2e.running import TINY, digest, forked_run, merged
+from tests.e2e.running import TINY, digest, forked_run, merged, of_method
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +160,7 @@ def test_killed_again_and_again_is_the_uninterrupted_run(
     """Would catch: state that a checkpoint forgets (a moving reference, a critic, an average, the KL's weight, a
     position, a count), a reference computed from an actor that has moved, a draw from a stream, records lost or doubled."""
     changes, faults = CASES[name]
-    recipe = merged(BASE, changes)
+    recipe = of_method(BASE, changes)
     if recipe["method"] == "distill":
         recipe["teacher"] = {"path": teacher}
     status, whole = start(recipe, "whole")

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from rlhf.checkpoint import CheckpointError, run_lock
 from rlhf.recipe.load import plan_from_dict
 from rlhf.runtime.earlier import changed_keys
+from rlhf.runtime.lock import RunInUseError, run_lock
 from rlhf.runtime.run import train_plan
 from tests.e2e.running import assert_same_run, digest, records
 
@@ -35,7 +35,9 @@ def test_run_leaves_everything_behind(tiny, train):
     assert last["mismatch/logprob_abs_max"] == 0.0  # the sampler's log-probs are the trainer's, bit for bit
     assert last["weights/version"] == 6
     assert not any(name.startswith(("time/", "perf/")) for name in last)
-    assert "time/rollout_s" in records(run_dir, "timings.jsonl")[-1]
+    timed = records(run_dir, "timings.jsonl")[-1]
+    assert "time/rollout_s" in timed and timed["rollout/preempted"] == 0 < timed["rollout/forward_passes"]
+    assert timed["cache/hit_frac"] == 0 < timed["cache/used_frac"] <= 1  # its prompts fill no page
     assert len(records(run_dir, "samples.jsonl")) == 6 * 4
     assert "<svg" in (run_dir / "report.html").read_text()
     assert (run_dir / "recipe.yaml").is_file()
@@ -91,19 +93,26 @@ KILLED_AT = {
 
 
 def test_full_disk_then_another_start_is_the_uninterrupted_run(tiny, train, whole):
-    """Would catch: a full disk that damages the checkpoint before it, leaves half of one, or hides what is missing."""
+    """Would catch: a full disk that damages the checkpoint before it, leaves half of one, or hides what is missing; the
+    error of a run that has gone on to its end since."""
     done, run_dir = train(tiny, name="full", faults="checkpoint.write@8=enospc")
     shown = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 1 and "no space for a checkpoint" in shown and "GB are free" in shown, shown
     saved = sorted(p.name for p in (run_dir / "stages" / "grpo" / "checkpoints").iterdir())
     assert saved == ["step-00000002"]  # the stage's own count
+    assert "no space" in (run_dir / "error.log").read_text()
     done, run_dir = train(tiny, name="full")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (run_dir / "error.log").exists()
     assert_same_run(whole, run_dir)
 
 
-def test_changed_data_or_model_is_refused_when_a_run_goes_on(tiny, train, tmp_path):
-    """Would catch: a curve of two evaluation sets, or an optimiser that goes on with another model's weights."""
+def test_changed_data_model_or_reward_is_refused_when_a_run_goes_on(tiny, train, tmp_path):
+    """Would catch: a curve of two evaluation sets or of two rewards, or an optimiser that goes on with another model's
+    weights."""
+    reward = tmp_path / "reward_of_the_user.py"
+    reward.write_text("def length(prompts, responses): return [len(r) / 10 for r in responses]\n")
+    tiny["reward"] = [{"function": f"{reward}:length"}]
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("\n".join(map(json.dumps, rows)))
@@ -111,13 +120,19 @@ def test_changed_data_or_model_is_refused_when_a_run_goes_on(tiny, train, tmp_pa
     done, run_dir = train(tiny, faults="track@8=kill9")
     assert done.returncode == -9, done.stdout + done.stderr
     held_out.write_text("\n".join(map(json.dumps, rows[::-1])))
+    reward.write_text(reward.read_text().replace("/ 10", "* 10"))
     with open(run_dir / "stages" / "warmup" / "model" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     done, run_dir = train(tiny)
     shown = done.stdout + done.stderr
     assert done.returncode == 1 and "Traceback" not in shown, shown
-    for text in ("evaluation set 'sums': rows", "model: model.safetensors", "another run.name"):
+    for text in (
+        "evaluation set 'sums': rows",
+        "model: model.safetensors",
+        "length': source",
+        "another run.name",
+    ):
         assert text in shown, shown
 
 
@@ -134,7 +149,8 @@ def test_killed_again_and_again_is_the_uninterrupted_run(tiny, train, whole, poi
 
 def test_steps_without_a_token_to_learn_from_move_nothing(tiny, train):
     """Would catch: zero gradients that Adam's momentum turns into updates; a count that a resume forgets; a stop for
-    non-finite steps that were none. One token is too short for any answer, and unfinished answers are masked."""
+    non-finite steps that were none. One token is too short for any answer, and unfinished answers are masked. And a second
+    stage that starts without a value, because the first one evaluated answers of another length."""
     tiny["stages"]["grpo"] |= {"rollout": {"max_response_tokens": 1, "top_k": 1}}
     tiny["stages"]["grpo"]["algorithm"]["mask_truncated"] = True
     done, run_dir = train(tiny, faults="track@8=kill9")
@@ -142,7 +158,8 @@ def test_steps_without_a_token_to_learn_from_move_nothing(tiny, train):
     assert "no token counts in its loss" in " ".join((done.stdout + done.stderr).split())
     done, run_dir = train(tiny)
     assert done.returncode == 0, done.stdout + done.stderr
-    grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
+    start, *grpo = [r for r in records(run_dir) if r["stage"] == "grpo"]
+    assert start["step"] == 4 and "eval/sums/pass@1" in start
     assert [r["robust/skipped_steps"] for r in grpo] == [1, 2, 3, 4, 5, 6]
     assert [(r["rollout/masked_frac"], r["weights/version"], r["policy/grad_norm"]) for r in grpo] == [
         (1, 0, 0)
@@ -168,7 +185,7 @@ def test_fresh_does_not_take_the_folder_of_a_live_run(tiny, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     plan = plan_from_dict(tiny)
     with run_lock(tmp_path / "runs" / "tiny"):
-        with pytest.raises(CheckpointError, match="in use by another run"):
+        with pytest.raises(RunInUseError, match="in use by another run"):
             train_plan(plan, fresh=True)
     assert (tmp_path / "runs" / "tiny").is_dir()
     assert not (tmp_path / "runs" / "tiny.old-1").exists()

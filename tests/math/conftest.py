@@ -41,23 +41,22 @@ def _random_batch(
         values = torch.randn(rows, width, generator=noise, dtype=torch.float64) * scale + shift
         return torch.where(response_mask, values, garbage)
 
-    return recount(
-        Batch(
-            sample_ids=tuple(f"0/{row}/0" for row in range(rows)),
-            token_ids=torch.randint(0, 11, (rows, width), generator=noise) * attention_mask,
-            attention_mask=attention_mask,
-            response_mask=response_mask,
-            loss_mask=response_mask & learned,
-            num_loss_tokens=0,
-            num_loss_sequences=0,
-            group_ids=torch.arange(rows) // group_size,
-            rewards=torch.randn(rows, generator=noise, dtype=torch.float64),
-            rollout_logprobs=per_token(0.5, -1.0),
-            old_logprobs=per_token(0.5, -1.0),
-            ref_logprobs=per_token(0.5, -1.0),
-            advantages=per_token(1.0, 0.0),
-        )
+    batch = Batch(
+        sample_ids=tuple(f"0/{row}/0" for row in range(rows)),
+        token_ids=torch.randint(0, 11, (rows, width), generator=noise) * attention_mask,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        loss_mask=response_mask & learned,
+        num_loss_tokens=0,
+        num_loss_sequences=0,
+        group_ids=torch.arange(rows) // group_size,
+        rewards=torch.randn(rows, generator=noise, dtype=torch.float64),
+        rollout_logprobs=per_token(0.5, -1.0),
+        old_logprobs=per_token(0.5, -1.0),
+        ref_logprobs=per_token(0.5, -1.0),
+        advantages=per_token(1.0, 0.0),
     )
+    return recount(batch.replace(right=batch.rewards > 0.5))
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,18 @@ def test_every_entry_stands_at_its_token() -> None:
     assert batch.sample_ids == ("0/0/23", "0/0/11")
 
 
+def test_a_format_reward_makes_no_right_answer() -> None:
+    """Would catch: any reward above 0 taken for a right answer, a missing one too; tool tokens or other rows counted."""
+    mask = (True, False, True)
+    rewards = (1.0, 0.2, None, 0.5, 0.6)
+    rollouts = [_rollout((7,), (1, 5, 2), mask=mask, reward=reward) for reward in rewards]
+    batch = make_batch(rollouts, group_ids=range(5), correct_above=0.5)
+    assert batch.right.tolist() == [True, False, False, False, True] and batch.num_positive_tokens == 4
+    parts = split_minibatches(batch, 5, by_groups=False)
+    assert [part.num_positive_tokens for part in parts] == [2, 0, 0, 0, 2]
+    assert make_batch(rollouts, group_ids=range(5)).right is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

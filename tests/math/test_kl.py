@@ -78,6 +78,43 @@ def test_expected_gradients_are_those_documented(policies) -> None:
     torch.testing.assert_close(_expected_gradient(kl_k3_k2, logits, reference), reverse)
 
 
+def _in_reward_gradient(estimator, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """What a policy gradient on a reward of minus the estimator descends along, exactly."""
+    logprobs = logits.log_softmax(0)
+    penalty = estimator(logprobs, reference).detach()
+    return torch.autograd.grad((logprobs.exp().detach() * penalty * logprobs).sum(), logits)[0]
+
+
+def test_only_k1_in_a_reward_pulls_towards_the_reference(policies) -> None:
+    """Would catch: k3 in the reward, whose gradient is that of KL(policy || reference) - KL(reference || policy)."""
+    logits, reference = policies
+    logprobs = logits.log_softmax(0)
+    reverse = (logprobs.exp() * (logprobs - reference)).sum()
+    forward = (reference.exp() * (reference - logprobs)).sum()
+    towards = torch.autograd.grad(reverse, logits, retain_graph=True)[0]
+    got = {name: _in_reward_gradient(kl, logits, reference) for name, kl in KL_ESTIMATORS.items()}
+    torch.testing.assert_close(got["k1"], towards)
+    torch.testing.assert_close(got["k3"], torch.autograd.grad(reverse - forward, logits)[0])
+    assert all((got[name] - towards).norm() > 0.1 * towards.norm() for name in ("k2", "k3", "k3_k2"))
+
+
+@pytest.mark.parametrize(("name", "falls"), [("k1", True), ("k3", False)])
+def test_a_penalty_alone_brings_the_policy_back_only_as_k1(name: str, falls: bool, policies) -> None:
+    """Would catch: the same, in what it does to a policy: 300 exact policy-gradient steps on the penalty."""
+    logits, reference = policies
+    logits = (reference + 0.5 * (logits - reference)).detach().requires_grad_()
+
+    def distance() -> float:
+        logprobs = logits.detach().log_softmax(0)
+        return float((logprobs.exp() * (logprobs - reference)).sum())
+
+    before = distance()
+    for _ in range(300):
+        step = _in_reward_gradient(KL_ESTIMATORS[name], logits, reference)
+        logits = (logits - 0.2 * step).detach().requires_grad_()
+    assert distance() < 0.1 * before if falls else distance() > 1.5 * before
+
+
 @given(st.floats(-200, 0, width=32), st.floats(-200, 0, width=32))
 def test_fp32_stays_finite_and_k2_k3_are_not_negative(policy: float, reference: float) -> None:
     """Would catch: exp of an unclamped log-ratio (overflow at 89), and exp(-d) - 1 by cancellation far below

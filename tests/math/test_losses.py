@@ -308,19 +308,20 @@ def test_kl_cov_adds_the_kl_from_the_old_policy_on_those_tokens(seed: int, rando
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @given(seed=st.integers(0, 10_000))
 def test_right_answers_are_imitated_too(aggregation: str, seed: int, random_batch) -> None:
-    """Would catch: the NLL of every response, or over every token's count, a sign; the aggregation in its way."""
-    batch = recount(random_batch(seed))
+    """Would catch: the NLL of every response, or of every one with a reward above 0, or over every token's count, a sign;
+    the aggregation in its way."""
+    batch = random_batch(seed)
     logprobs, _ = _current(batch, seed)
     settings = {**PLAIN, "aggregation": aggregation}
     loss, _ = _loss(batch, logprobs, None, {**settings, "positive_nll_coef": 0.1})
-    right = [logprobs[b, t] for b, t in batch.loss_mask.nonzero().tolist() if batch.rewards[b].item() > 0]
+    right = [logprobs[b, t] for b, t in batch.loss_mask.nonzero().tolist() if batch.rewards[b].item() > 0.5]
     want = _loss(batch, logprobs, None, settings)[0] - 0.1 * sum(right) / max(len(right), 1)
     torch.testing.assert_close(loss, want, **TINY_TOLERANCE)
 
 
 def test_a_stale_count_of_right_answers_is_noticed(random_batch) -> None:
     """Would catch: the NLL of right answers divided by 1, many times too large."""
-    batch = random_batch(3).replace(rewards=torch.ones(5), num_positive_tokens=0)
+    batch = random_batch(3).replace(right=torch.ones(5, dtype=torch.bool), num_positive_tokens=0)
     with pytest.raises(AssertionError, match="num_positive_tokens is stale"):
         _loss(batch, _current(batch)[0], None, {**PLAIN, "positive_nll_coef": 0.1})
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.losses import merge_sums
-from rlhf.mismatch import finish_mismatch, mismatch_metrics, mismatch_sums
+from rlhf.mismatch import finish_mismatch, mismatch_sums
 
 
 @given(seed=st.integers(0, 10_000))
@@ -19,7 +19,7 @@ def test_equal_to_the_loop_and_add_up(seed: int, random_batch) -> None:
     batch = random_batch(seed, garbage=math.nan)
     args = batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask
     pairs = [(o, r) for o, r, m in zip(*(x.flatten().tolist() for x in args)) if m]
-    got = mismatch_metrics(*args)
+    got = finish_mismatch(mismatch_sums(*args))
     if not pairs:
         assert got == {}
         return
@@ -39,7 +39,8 @@ def test_equal_to_the_loop_and_add_up(seed: int, random_batch) -> None:
 def test_equal_logprobs_give_exactly_zero() -> None:
     """Would catch: noise that would hide the first real mismatch in deterministic mode."""
     logprobs = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    metrics = mismatch_metrics(logprobs, logprobs.clone(), torch.ones(2, 3, dtype=torch.bool))
+    everywhere = torch.ones(2, 3, dtype=torch.bool)
+    metrics = finish_mismatch(mismatch_sums(logprobs, logprobs.clone(), everywhere))
     assert metrics == {
         "mismatch/logprob_abs_mean": 0,
         "mismatch/logprob_abs_max": 0,
@@ -47,4 +48,4 @@ def test_equal_logprobs_give_exactly_zero() -> None:
         "mismatch/outside_frac": 0,
         "mismatch/ess": 1,
     }
-    assert mismatch_metrics(logprobs, logprobs, torch.zeros(2, 3, dtype=torch.bool)) == {}
+    assert finish_mismatch(mismatch_sums(logprobs, logprobs, ~everywhere)) == {}

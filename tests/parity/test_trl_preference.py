@@ -73,7 +73,7 @@ DPO = {
 # CPOTrainer with cpo_alpha = 0, so that only the preference term is compared.
 CPO = {
     "simpo": ({"losses": {"simpo": 1}, "simpo_gamma": 0.5}, {"loss_type": "simpo", "simpo_gamma": 0.5}),
-    "cpo, preference term": ({"losses": {"cpo": 1}}, {"loss_type": "sigmoid"}),
+    "cpo, preference term": ({"losses": {"cpo": 1}, "nll_coef": 0.0}, {"loss_type": "sigmoid"}),
 }
 
 
@@ -82,7 +82,8 @@ def ours_on(ours):
     """ours_on(rows, **settings) -> ((model, loss), batch) of the preference loss, with the coupling as in a run."""
 
     def run(rows, **settings):
-        recipe = ours.recipe("dpo", preference={"beta": BETA, **settings})
+        beta = {} if set(settings["losses"]) <= {"orpo", "sft"} else {"beta": BETA}
+        recipe = ours.recipe("dpo", preference={**beta, **settings})
         examples = load_preferences(recipe.data, ours.tokenizer, name="train", rows=rows).items
         batch = make_preference_batch(examples)
         batch = batch.replace(ref_logprobs=ours.logprobs("reference", batch))

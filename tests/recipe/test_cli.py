@@ -187,3 +187,20 @@ def test_train_hands_over_the_plan_and_its_exit_code(write):
     assert (done.stdout.strip(), done.returncode) == ("11 False", 7), done.stderr
     done, _ = rlhf("train", write(VALID), "trainer.steps=11", "--fresh", code=code)
     assert (done.stdout.strip(), done.returncode) == ("11 True", 7), done.stderr
+
+
+def test_warnings_are_printed_and_stop_nothing(write):
+    """Catches: an ablation of clips that nobody is told does nothing."""
+    done, _ = rlhf("validate", write(VALID), "algorithm.clip_high=0.3")
+    assert done.returncode == 0 and "is valid" in done.stdout
+    assert "warning: command line: algorithm.clip_high=0.3: no effect of clip_high: 0.3" in done.stderr
+    assert "warning" not in rlhf("validate", write(VALID))[0].stderr
+
+
+def test_one_mistake_on_many_lines_is_told_for_the_first_three(write):
+    """Catches: a page of one sentence, in which the other mistakes drown."""
+    path = write(VALID.replace("steps: 10", "steps: &n 10") + "a: *n\nb: *n\nc: *n\nd: *n\ne: *n\n")
+    done, _ = rlhf("validate", path)
+    assert done.returncode == 2 and done.stderr.startswith("5 problems in the recipe:")
+    assert done.stderr.count("the YAML alias *n is refused") == 3
+    assert f"{path}: and 2 more lines: 8, 9" in done.stderr

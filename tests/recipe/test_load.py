@@ -382,6 +382,7 @@ def test_without_stages_the_stage_has_the_methods_name(write):
 
 def test_lists_are_replaced_not_joined(write):
     text = STAGED.replace("trainer: {steps: 7}", "trainer: {steps: 7}\n    reward: [{function: format}]")
+    text += "  again:\n    trainer: {steps: 1}\n"
     assert [r.function for r in load_plan(write(text)).stages[1].recipe.reward] == ["format"]
 
 
@@ -553,3 +554,20 @@ def test_rubbish_is_refused_in_words(data):
     except RecipeError as error:
         assert error.problems
         assert not [p for p in error.problems if "should be" in p.message or not p.message]
+
+
+def test_every_problem_is_one_line(write):
+    # Catches: a schema text that is wrapped in its source, and so a report in which a line is not a problem.
+    found = problems(write(VALID), "algorithm.advantage=bogus", "judge.path=some/judge")
+    assert len(found) == 2 and not any("\n" in str(p) for p in found)
+    assert any("mean of the others (2402.14740), none but whitening" in str(p) for p in found)
+
+
+def test_an_override_that_no_stage_would_use_is_checked_too(write):
+    # Catches: `trainer.lr=abc` refused for its place alone, so that the next attempt fails again; an expression, which
+    # is filled in later, read as a value.
+    staged = STAGED.replace("{steps: 7}", "{steps: 7, lr: 1e-4}")
+    first, second = problems(write(staged), "trainer.lr=abc")
+    assert "every stage sets this key itself" in str(first) and "'abc' is not a number" in str(second)
+    assert len(problems(write(staged), "trainer.lr=1e-3")) == 1
+    assert len(problems(write(staged), "trainer.lr=${trainer.eps}")) == 1

@@ -178,8 +178,13 @@ def test_a_good_recipe_is_good_and_what_may_be_the_hubs_passes():
         ),
         (
             "data={task: chain_arithmetic, task_args: {count: 999, terms: 2}}",
-            "data.task_args",
+            "data.task_args.count",
             "make 162 chains at most",
+        ),
+        (
+            "evaluation.sets={a: {task: chain_arithmetic, task_args: {count: 150, terms: 2, split: eval}}}",
+            "evaluation.sets.a.task_args.count",
+            "different chains",
         ),
         # rewards
         (
@@ -374,7 +379,10 @@ def test_columns_that_a_reward_reads_are_looked_for_where_it_is_used():
         in found["reward.0.args.reference_column"]
     )
     sft = ["method=sft", "data.response_column=answer", "reward.0.args={reference_column: solution}"]
-    assert said(*sft) == {}  # sft gives no reward for its own rows
+    assert said(*sft).keys() == {
+        "reward",
+        "rollout.max_response_tokens",
+    }  # sft gives no reward for its own rows
     held = said(*sft, "evaluation.sets={held: {path: train.jsonl, prompt_column: question}}")
     assert "which evaluation.sets.held has not" in held["reward.0.args.reference_column"]
 
@@ -395,7 +403,7 @@ def test_each_method_has_its_columns(method, key):
 
 def test_an_answer_column_is_looked_for_where_it_is_read():
     """Catches: a column of the warm-up demanded of prompts, or missed where answers are imitated."""
-    assert said("data.response_column=anser") == {}
+    assert "is read by nothing" in said("data.response_column=anser")["data.response_column"]
     found = said("method=sft", "data.response_column=anser")
     assert "no column 'anser'; did you mean 'answer'?" in found["data.response_column"]
 

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 
+from rlhf.recipe import rules
 from rlhf.recipe.load import plan_from_dict
 from rlhf.recipe.problems import RecipeError
+from rlhf.recipe.schema import Recipe
 from tests.e2e.running import TINY
 
 REFUSED = {
@@ -53,3 +55,151 @@ def test_refused(name):
         recipe[section] = recipe[section] | values if isinstance(recipe.get(section), dict) else values
     with pytest.raises(RecipeError, match=said):
         plan_from_dict(recipe)
+
+
+def whole(changes: dict) -> dict:
+    """A valid recipe with the changes."""
+    recipe = {
+        "model": {"path": "org/model"},
+        "data": {"path": "a.jsonl"},
+        "reward": [{"function": "gsm8k"}],
+        "trainer": {"steps": 4, "prompts_per_step": 8, "minibatches_per_step": 2},
+    }
+    for section, values in changes.items():
+        recipe[section] = recipe[section] | values if isinstance(recipe.get(section), dict) else values
+    if recipe.get("method") in ("dpo", "distill"):
+        recipe.pop("reward")
+    return recipe
+
+
+def recipe_of(changes: dict) -> Recipe:
+    return plan_from_dict(whole(changes)).stages[0].recipe
+
+
+ON_POLICY = {"divergence": "sampled_kl", "on_policy_frac": 1.0}
+MEANINGLESS = {
+    "sampled_kl has no reference": (
+        {"method": "distill", "distill": ON_POLICY, "algorithm": {"kl_coef": 0.1}},
+        "kl_coef=0.1: distill has no reference",
+    ),
+    "sampled_kl has no covariance": (
+        {"method": "distill", "distill": ON_POLICY, "algorithm": {"covariance": "clip_cov"}},
+        "covariance=clip_cov: distill has no reference",
+    ),
+    "gmpo by token": (
+        {"method": "ppo", "algorithm": {"objective": "gmpo", "aggregation": "sequence_mean"}},
+        "gmpo has one advantage per response, ppo one per token",
+    ),
+    "gspo of a teacher": (
+        {"method": "distill", "distill": ON_POLICY, "algorithm": {"objective": "gspo"}},
+        "gspo has one advantage per response, distill one per token",
+    ),
+    "reinforce off policy": (
+        {"algorithm": {"objective": "reinforce"}, "trainer": {"passes_per_step": 3}},
+        "the 6 updates of a step .* leave the policy that sampled; use ppo_clip, or one update a step",
+    ),
+    "a warm-up scored by a role that it has not": (
+        {
+            "method": "dpo",
+            "reward_model": {"path": "org/rm"},
+            "evaluation": {"sets": {"a": {"path": "b.jsonl"}}},
+        },
+        "evaluation of dpo needs at least one reward function",
+    ),
+    "wpo of ranks": (
+        {"method": "dpo", "preference": {"losses": {"aot": 1.0}, "wpo": True}},
+        "aot matches pairs by rank; use wpo: false",
+    ),
+    "one beta for two scales": (
+        {"method": "dpo", "preference": {"losses": {"simpo": 1.0, "dpo": 1.0}}},
+        "they share it; state it",
+    ),
+    "a dual clip below the paper's clip": (
+        {"algorithm": {"dual_clip": 1.1}},
+        "dual_clip=1.1 is not above 1 . clip_high=1.2",
+    ),
+    "bounds that cross the default": (
+        {"algorithm": {"correction": "sequence_mask", "correction_low": 1.1}},
+        "correction_low=1.1 is above correction_high=1.001",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANINGLESS)
+def test_meaningless_settings_are_refused(name):
+    """Would catch: a formula used where it is not defined; a crash at step 1."""
+    changes, said = MEANINGLESS[name]
+    if changes.get("method") == "distill":
+        changes = changes | {"teacher": {"path": "org/teacher"}}
+    with pytest.raises(RecipeError, match=said):
+        plan_from_dict(whole(changes))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "want"),
+    [
+        ({}, {"clip_low": 0.2, "clip_high": 0.2}),
+        ({"clip_high": 0.28}, {"clip_low": 0.2, "clip_high": 0.28}),
+        ({"clip_low": 0.0}, {"clip_low": 0.0, "clip_high": 0.2}),
+        ({"objective": "gspo", "aggregation": "sequence_mean"}, {"clip_low": 3e-4, "clip_high": 4e-4}),
+        ({"objective": "gspo_token"}, {"clip_low": 3e-4, "clip_high": 4e-4}),
+        ({"objective": "gmpo", "aggregation": "sequence_mean"}, {"clip_low": 0.4, "clip_high": 0.4}),
+        ({"objective": "cispo"}, {"clip_low": 1.0, "clip_high": 4.0}),  # weights in [0, 5]
+        ({"correction": "icepop"}, {"correction_low": 0.5, "correction_high": 5.0}),
+        ({"correction": "sequence_mask"}, {"correction_low": 0.999, "correction_high": 1.001}),
+        ({"correction": "icepop", "correction_low": 0.0}, {"correction_low": 0.0, "correction_high": 5.0}),
+    ],
+)
+def test_bounds_are_the_paper_s_where_left_open(algorithm, want):
+    """Would catch: PPO's clip on a sequence's ratio, which never reaches it."""
+    settings = rules.decided(recipe_of({"algorithm": algorithm}))
+    assert {name: getattr(settings, name) for name in want} == want
+
+
+@pytest.mark.parametrize(
+    ("preference", "want"),
+    [
+        ({}, (0.1, 0.0)),
+        ({"losses": {"simpo": 1.0}}, (2.0, 0.0)),
+        ({"losses": {"simpo": 1.0, "sft": 0.5}}, (2.0, 0.0)),
+        ({"losses": {"simpo": 1.0}, "beta": 0.5}, (0.5, 0.0)),
+        ({"losses": {"cpo": 1.0}}, (0.1, 1.0)),
+        ({"losses": {"cpo": 1.0}, "nll_coef": 0.0}, (0.1, 0.0)),
+    ],
+)
+def test_beta_and_nll_are_the_loss_s_where_left_open(preference, want):
+    """Would catch: SimPO with DPO's beta; CPO without its NLL."""
+    settings = rules.decided_preference(recipe_of({"method": "dpo", "preference": preference}))
+    assert (settings.beta, settings.nll_coef) == want
+
+
+IDLE = {
+    "objective: gspo": {"algorithm": {"objective": "gspo", "aggregation": "sequence_mean"}},
+    "objective: cispo": {"algorithm": {"objective": "cispo"}},
+    "clip_low: 0.1, clip_high: 0.3": {"algorithm": {"clip_low": 0.1, "clip_high": 0.3}},
+    "dual_clip: 3.0": {"algorithm": {"dual_clip": 3.0}},
+    "covariance: kl_cov": {"algorithm": {"covariance": "kl_cov"}},
+    "early_stop_kl: 0.1": {"algorithm": {"early_stop_kl": 0.1}},
+    "value_clip: 0.5": {"method": "ppo", "critic": {"value_clip": 0.5}},
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_what_one_update_a_step_makes_idle_is_a_warning(name):
+    """Would catch: an ablation of clips in which no ratio ever leaves 1."""
+    one = {"trainer": {"minibatches_per_step": 1}}
+    (warning,) = plan_from_dict(whole(IDLE[name] | one)).warnings
+    assert f"no effect of {name}:" in warning.message and "trainer.minibatches_per_step" in warning.message
+    assert not plan_from_dict(whole(IDLE[name])).warnings
+    assert not plan_from_dict(
+        whole(IDLE[name] | {"trainer": {"minibatches_per_step": 1, "passes_per_step": 2}})
+    ).warnings
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{}, {"objective": "reinforce"}, {"covariance": "clip_cov"}, {"entropy_coef": 0.1}]
+)
+def test_what_one_update_a_step_leaves_in_force_is_no_warning(algorithm):
+    assert not plan_from_dict(
+        whole({"algorithm": algorithm, "trainer": {"minibatches_per_step": 1}})
+    ).warnings

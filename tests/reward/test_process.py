@@ -20,7 +20,7 @@ from tests.reward.test_score import _rollouts
 REPO = Path(__file__).resolve().parents[2]
 
 FUNCTIONS = '''
-import os, sys, time
+import os, subprocess, sys, time
 
 calls = 0
 
@@ -52,6 +52,9 @@ def act(response):
     if response == "child":
         os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600.25")
         time.sleep(600)
+    if response == "daemon":
+        subprocess.Popen(["setsid", "sh", "-c", "sleep 600.75 & sleep 600.75"], start_new_session=True)
+        print("started a daemon", file=sys.stderr)
     return len(response)
 
 def years(prompts, responses, day):
@@ -73,7 +76,7 @@ def judge(source) -> Scorer:
 
 
 def impatient(source: Path) -> Scorer:
-    return Scorer([RewardConfig(function=f"{source}:judge", timeout_s=0.5)])
+    return Scorer([RewardConfig(function=f"{source}:judge", timeout_s=1.5)])
 
 
 def commands() -> list[str]:
@@ -91,6 +94,14 @@ def children_of(pid: int) -> list[str]:
     return [c for c in commands() if "child.py" in c and c.endswith(f" {pid}")]
 
 
+def ends(command: str) -> bool:
+    """Whether no process of this command line is left, within some seconds."""
+    deadline = time.monotonic() + 10
+    while command in commands() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return command not in commands()
+
+
 def test_results_are_those_of_the_function_in_order(judge, source):
     """Would catch: answers of another call, values that change on the way, state lost between two calls."""
     texts = ["x" * n for n in (3, 1, 4, 1, 5)]
@@ -104,18 +115,16 @@ def test_results_are_those_of_the_function_in_order(judge, source):
 
 @pytest.mark.parametrize("trap", ["loop", "tower", "child"])
 def test_what_never_returns_is_killed_at_the_deadline(source, trap):
-    """Would catch: a run that hangs on one answer, also in C code that never lets go of the interpreter's lock; what the
-    function has started and left behind; a scorer that is of no use afterwards."""
+    """Would catch: a run that hangs on one answer, also in C code that never lets go of the interpreter's lock, or that
+    stops for it; what the function has started and left behind; a scorer that is of no use afterwards."""
     scorer = impatient(source)
     scorer.score(_rollouts(["x"]))
     start = time.monotonic()
-    with pytest.raises(RewardError, match="judge: no result after timeout_s=0.5"):
-        scorer.score(_rollouts(["x", trap]))
-    assert time.monotonic() - start < 5 and scorer.stats["reward/timeout_frac"] == 1.0
-    deadline = time.monotonic() + 10
-    while "sleep 600.25" in commands() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert "sleep 600.25" not in commands()
+    scored = scorer.score(_rollouts(["x"] * 7 + [trap] + ["xy"] * 7))
+    assert [s.reward for s in scored] == [1] * 7 + [None] + [2] * 7
+    assert "no result after 0.5 s, its share of timeout_s=1.5" in scored[7].reward_error
+    assert time.monotonic() - start < 15 and scorer.stats["reward/timeout_frac"] == 1 / 15
+    assert ends("sleep 600.25")
     assert [s.reward for s in scorer.score(_rollouts(["xy"] * 3))] == [2, 2, 2]
 
 
@@ -129,12 +138,21 @@ def test_a_death_costs_the_response_that_caused_it(judge, trap, says):
     assert says in scored[30].reward_error and "judge ran" in scored[30].reward_error
 
 
-def test_deaths_without_end_are_not_tried_without_end(judge):
+def test_as_many_may_hang_as_may_be_missing(source):
+    """Would catch: a run of 512 responses that three of them stop; one hanging response that takes the others' time."""
+    scorer = Scorer([RewardConfig(function=f"{source}:judge", timeout_s=3)])
+    scored = scorer.score(_rollouts(["loop", "leave", "x"] + ["loop"] + ["xy"] * 76))
+    assert [s.reward for s in scored] == [None, None, 1, None] + [2] * 76
+    assert scorer.stats["reward/timeout_frac"] == 2 / 80 and scorer.stats["reward/error_frac"] == 1 / 80
+
+
+@pytest.mark.parametrize("trap", ["leave", "loop"])
+def test_what_ends_its_process_is_not_tried_without_end(source, trap):
     """Would catch: a new process for each of a thousand responses."""
-    start = time.monotonic()
-    with pytest.raises(RewardError, match="not tried: its process has died 3 times"):
-        judge.score(_rollouts(["leave"] * 200))
-    assert time.monotonic() - start < 15
+    scorer, start = Scorer([RewardConfig(function=f"{source}:judge", timeout_s=2)]), time.monotonic()
+    with pytest.raises(RewardError, match="60 of 60 .*not tried: 4 others of this step were late"):
+        scorer.score(_rollouts([trap] * 60))
+    assert time.monotonic() - start < 20
 
 
 def test_errors_are_named_per_response_and_logged_once(judge, caplog):
@@ -203,6 +221,32 @@ def test_it_dies_with_a_killed_run(source):
     while children_of(run.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not children_of(run.pid)
+
+
+@pytest.mark.parametrize("end", ["", "import os; os.kill(os.getpid(), 9)"], ids=["end", "kill"])
+def test_nothing_that_a_function_has_started_outlives_the_run(source, end):
+    """Would catch: a daemon in a session of its own that survives the run and keeps `rlhf train ... | cat` from ending;
+    one whose parents have ended; a run that was killed."""
+    code = (
+        RUN + f"Scorer([RewardConfig(function={f'{source}:judge'!r})]).score(_rollouts(['daemon']))\n" + end
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == (-9 if end else 0) and "started a daemon" in done.stderr, done.stderr
+    assert ends("sleep 600.75")
+
+
+def test_a_death_leaves_nothing_behind_and_says_how(source, tmp_path):
+    """Would catch: a daemon of a process that has crashed; prints that tear the terminal's display apart."""
+    scorer = Scorer([RewardConfig(function=f"{source}:judge")], output=tmp_path / "reward.log")
+    scored = scorer.score(_rollouts(["daemon", "xy", "crash"]))
+    assert [s.reward for s in scored] == [6, 2, None] and "SIGSEGV" in scored[2].reward_error
+    printed = (tmp_path / "reward.log").read_text()
+    assert printed.count("a function may print") >= 3 and "started a daemon" in printed
+    scorer.score(_rollouts(["crash", "xy"]))
+    assert ends("sleep 600.75")
 
 
 def test_a_function_object_that_holds_the_interpreter_ends_the_run_with_its_stack():

@@ -383,7 +383,7 @@ def test_requests_that_cannot_run_are_refused(models):
 
 def test_no_requests_no_completions(models):
     engine = make_engine(models("qwen3")[0])
-    assert engine.generate([]) == [] and engine.stats["rollout/response_tokens"] == 0
+    assert engine.generate([]) == [] and engine.stats["rollout/forward_passes"] == 0
 
 
 def test_results_come_in_the_order_asked(models, expected):

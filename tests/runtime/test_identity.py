@@ -11,8 +11,13 @@ from safetensors.torch import save_file
 
 from rlhf.checkpoint import Checkpoint, CheckpointError
 from rlhf.models import build_tokenizer
-from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig, ModelConfig
-from rlhf.runtime.identity import check_identity, model_identity, tokenizer_identity
+from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig, ModelConfig, RewardConfig
+from rlhf.runtime.identity import (
+    check_identity,
+    model_identity,
+    rewards_identity,
+    tokenizer_identity,
+)
 
 
 def of_folder(folder: Path) -> dict[str, str]:
@@ -98,6 +103,24 @@ def test_a_tokenizer_is_what_it_does_to_text() -> None:
     assert tokenizer_identity(tokenizer)["vocabulary"] != before["vocabulary"]
 
 
+def test_a_reward_function_is_the_file_that_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: rewards that are 100 times as large after a resume; a hash that names the built-in rules, which move
+    with the package, or executes the file."""
+    file = tmp_path / "scale_of_the_user.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [f"{file}:f", "scale_of_the_user:f", "gsm8k", "rlhf.reward.functions:exact_match", "memory:g"]
+    configs = [RewardConfig(function=name) for name in names]
+
+    def now(text: str) -> dict:
+        file.write_text(text + "\nraise SystemExit('executed')")
+        return rewards_identity(configs, {"memory:g": len})
+
+    before, after = now("def f(p, r): return [1.0] * len(r)"), now("def f(p, r): return [100.0] * len(r)")
+    assert list(before) == [f"reward function {name!r}" for name in names[:2]]
+    assert all(before[name]["source"] != after[name]["source"] for name in before)
+    assert now("def f(p, r): return [1.0] * len(r)") == before
+
+
 def test_a_change_is_an_error_that_names_the_difference() -> None:
     """Would catch: a run that goes on with another model, or an evaluation set whose curve is of two sets."""
     before = {"model": {"config.json": "a", "x": "b"}, "evaluation set 'sums'": {"rows": "c"}}
@@ -111,6 +134,6 @@ def test_a_change_is_an_error_that_names_the_difference() -> None:
         "model: x b -> z",
         "evaluation set 'sums': rows c -> not there",
         "evaluation set 'more': rows not there -> d",
-        "another run.name",
+        "--fresh (in Python train(fresh=True)), or another run.name",
     ):
         assert part in str(error.value)

@@ -26,7 +26,8 @@ class Holder(WeightMethods):
         self.model = Model(seed)
         self._trained = {n: p for n, p in self.model.named_parameters() if n in trained or not trained}
         named_trained = self._trained.items if trained else None
-        self._source = WeightSource(self.model.named_parameters, rank=info.rank, named_trained=named_trained)
+        source = WeightSource(self.model.named_parameters, rank=info.rank, named_trained=named_trained)
+        self._sources = {"rollout": source}
         self._sinks = {"rollout": WeightSink(self.model)}
         self._versions: list[int] = []
 

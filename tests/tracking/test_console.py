@@ -74,6 +74,42 @@ def test_a_terminal_gets_a_bar_for_each_stage():
     )  # the cursor comes back
 
 
+def test_an_evaluation_without_responses_is_said_too():
+    # Catches: a run with held-out rows or pairs whose terminal never says how good it is there.
+    console, output = plain()
+    console.begin_stage("sft", first_step=1, last_step=2, done_step=0)
+    console.step(1, "sft", {"eval/rows/loss": 1.25, "eval/rows/perplexity": 3.5, "eval/pairs/accuracy": 0.5})
+    assert "step 1  held out  rows/loss 1.25,  pairs/accuracy 50.0 %" in output.getvalue()
+    assert "perplexity" not in output.getvalue()
+
+
+def test_many_bars_of_a_narrow_terminal_leave_the_moving_one_in_sight():
+    # Catches: twenty bars in a terminal of 24 lines, where the last one, which moves, is cut off; metrics that push the
+    # bar out of a line of 80 characters.
+    output = io.StringIO()
+    console = Console(file=output, interactive=True, width=80)
+    metrics = {
+        "reward/mean": 0.0312,
+        "rollout/response_tokens_mean": 110.5,
+        "policy/entropy": 0.333,
+        "policy/clip_frac": 0.125,
+    }
+    for i in range(20):
+        console.begin_stage(f"variant_{i}", first_step=1 + 200 * i, last_step=200 * i + 200, done_step=0)
+        console.phase("starting processes and loading models")
+        console.step(200 * i + 100, f"variant_{i}", metrics)
+        assert len(console._progress.tasks) <= 8
+    console.end_run("finished", facts=[])
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()).replace("\r", "\n").splitlines()
+    bars = [line for line in lines if "100/200" in line and "━" in line]
+    assert (
+        bars
+        and all("━━━━" in line and "reward 0.0312" in line for line in bars)
+        and max(map(len, lines)) <= 80
+    )
+    assert all(any(line.startswith(f"variant_{i} ") for line in lines) for i in range(20))
+
+
 def test_a_resumed_stage_starts_where_it_was():
     console, output = plain()
     console.begin_stage("grpo", first_step=4, last_step=13, done_step=8)

@@ -22,8 +22,6 @@ BAD = {
     "mismatch/logprob_abs_mean": 0.2,
     "robust/skipped_steps": 1,
     "robust/bad_rows": 1,
-    "robust/rollout_retries": 1,
-    "robust/restarts": 1,
 }
 HEALTHY = {
     "reward/mean": 0.5,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.charts import Curve, chart, format_value, nice_ticks, thin
+from rlhf.charts import Curve, Span, chart, format_value, nice_ticks, thin
 from rlhf.report import build_report, heldout_changes
 from rlhf.runlog import encode_record
 
@@ -156,6 +156,86 @@ def test_the_page_stands_alone(tmp_path):
     assert f"script-src 'sha256-{digest}'" in page and "default-src 'none'" in page
 
 
+@pytest.mark.parametrize(
+    ("method", "metric", "title"),
+    [("kto", "kto/loss", "Training loss"), ("prm", "prm/accuracy", "Training accuracy"),
+     ("distill", "distill/divergence", "Distance to the teacher")],
+)  # fmt: skip
+def test_every_method_has_a_first_screen(tmp_path, method, metric, title):
+    # Catches: "No step has been recorded yet" above the curves of a finished run without held-out sets.
+    records = [{"step": s, "stage": method, metric: s / 4} for s in (1, 2)]
+    stages = [{"name": method, "method": method, "first_step": 1, "last_step": 2}]
+    text = visible_text(write_run(tmp_path, records, stages=stages))
+    assert "No step" not in text and f"{title} 0.25 → 0.5" in text.replace("25.0 %", "0.25").replace(
+        "50.0 %", "0.5"
+    )
+
+
+def test_the_facts_are_those_that_the_method_reads(tmp_path):
+    # Catches: a KTO run that claims a group size and a KL coefficient.
+    recipe = {"kto": {"beta": 0.3, "loss": "kto"}, "rollout": {"group_size": 8}}
+    recipe |= {"algorithm": {"advantage": "grpo", "kl_coef": 0.0}, "preference": {"beta": 0.7}}
+    texts = {}
+    for method in ("kto", "grpo", "dpo"):
+        folder = tmp_path / method
+        folder.mkdir()
+        stages = [{"name": "one", "method": method, "first_step": 1, "last_step": 2}]
+        page = visible_text(
+            write_run(folder, [{"step": 1, "stage": "one", "x": 1}], stages=stages, recipe=recipe)
+        )
+        texts[method] = page[page.index("Facts") : page.index("The whole recipe")]
+    assert "beta 0.3" in texts["kto"] and not re.search("group size|advantage|KL", texts["kto"])
+    assert (
+        "group size 8" in texts["grpo"]
+        and "KL coefficient 0.0" in texts["grpo"]
+        and "beta" not in texts["grpo"]
+    )
+    assert "beta 0.7" in texts["dpo"]
+
+
+def test_every_stage_has_the_same_width(tmp_path):
+    # Catches: 36 steps of GRPO in the last 8 % of a chart, behind a warm-up of 400; points at another stage's place.
+    stages = [
+        {"name": "sft", "method": "sft", "first_step": 1, "last_step": 400},
+        {"name": "grpo", "method": "grpo", "first_step": 401, "last_step": 440},
+    ]
+    records = [{"step": s, "stage": "sft", "eval/t/pass@1": s / 1000} for s in (0, 200, 400)]
+    records += [{"step": s, "stage": "grpo", "eval/t/pass@1": s / 1000} for s in (420, 440)]
+    data = plot_data(write_run(tmp_path, records, stages=stages))[0]
+    assert (
+        data["at"] == [0, 250, 500, 750, 1000]
+        and data["k"] == [0, 0, 0, 1, 1]
+        and data["n"] == ["sft", "grpo"]
+    )
+
+
+def family(count):
+    """Stages of 10 steps after a warm-up of 100, each from the warm-up's model."""
+    names = ["warmup", *(f"v{i}" for i in range(count - 1))]
+    stages = [{"name": "warmup", "method": "sft", "first_step": 1, "last_step": 100}]
+    records = [{"step": s, "stage": "warmup", "eval/t/pass@1": s / 200} for s in (0, 100)]
+    for i, name in enumerate(names[1:]):
+        first = 101 + 10 * i
+        stages.append({"name": name, "method": "dpo", "first_step": first, "last_step": first + 9})
+        records += [{"step": first + d, "stage": name, "eval/t/pass@1": 0.5 + i / 100} for d in (4, 9)]
+    models = {name: {"model": {"path": None if name == "warmup" else "stage:warmup"}} for name in names}
+    return records, {"stages": stages, "recipe": {"stages": models}}
+
+
+def test_stages_side_by_side_are_numbered_listed_and_not_joined(tmp_path):
+    # Catches: one sentence of twenty milestones, labels on top of each other, and a line from the end of one variant
+    # to the start of the next, which began from the warm-up.
+    records, run = family(20)
+    page = write_run(tmp_path, records, **run)
+    text = visible_text(page)
+    assert "at step 0 0 % 1 warmup 50.0 % 2 v0 50.0 % 3 v1 51.0 %" in text and "20 v18 68.0 %" in text
+    assert "after v3" not in text and 'class="s" style="left:0.0%;max-width:10.0%">1<' in page
+    (line,) = set(re.findall(r'class="line" d="([^"]*)"', page[: page.index("Curves")]))
+    assert line.count("M") == 19  # warm-up and the first variant are one line
+    few, run = family(4)
+    assert "50.0 % after warmup, 50.0 % after v0" in visible_text(write_run(tmp_path, few, **run))
+
+
 def test_values_that_are_not_finite_are_shown(tmp_path):
     # Catches: NaN dropped from the curve, from the count, or breaking the page's data.
     records = [
@@ -218,7 +298,7 @@ def test_thinning_keeps_the_extremes_and_the_order(values):
     if known:
         assert min(v for v in points.low if not math.isnan(v)) == min(known)
         assert max(v for v in points.high if not math.isnan(v)) == max(known)
-    assert chart(Curve("m", steps, values), x_range=(1, len(values))).count("<svg") == 1
+    assert chart(Curve("m", steps, values), spans=[Span(1, "s", 1, len(values))]).count("<svg") == 1
 
 
 @given(finite, st.floats(1e-6, 1e6), st.integers(2, 6))

@@ -193,7 +193,7 @@ def test_measured_values_never_reach_the_exact_file(tmp_path):
         "time/step_s",
         "perf/train_tokens_per_s",
         "cache/hit_frac",
-        "robust/restarts",
+        "rollout/forward_passes",
         "rollout/preempted",
     ]
     exact = ["robust/skipped_steps", "rollout/truncated_frac", "reward/timeout_frac"]
@@ -300,20 +300,28 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
 
 
 def test_status_sessions_and_stages_are_kept_over_a_resume(tmp_path):
-    # Catches: a resumed run that forgets its first session or its wandb run.
+    # Catches: a resumed run that forgets its first session and what it said, or says it twice.
     first = open_tracker(tmp_path)
+    first.warn("3 rows left out")
+    first.warn("the disk is slow")
+    first.add_facts({"parameters": 12, "device": "cpu"})
     first.begin_stage("sft", method="sft", first_step=1, last_step=3)
     run_steps(first, 1, 2)
     first.close("interrupted", "Ctrl-C")
     before = json.loads((tmp_path / "run.json").read_text())
     assert (before["status"], before["reason"]) == ("interrupted", "Ctrl-C")
     second = open_tracker(tmp_path, 2)
+    second.warn("3 rows left out")
+    second.add_facts({"device": "cuda"})
     second.begin_stage("sft", method="sft", first_step=1, last_step=3)
     run_steps(second, 3, LAST)
     second.close("finished")
     second.close("failed")
     after = json.loads((tmp_path / "run.json").read_text())
-    assert (after["status"], after["reason"], after["wandb_id"]) == ("finished", None, before["wandb_id"])
+    assert (after["status"], after["reason"]) == ("finished", None)
+    assert after["wandb_id"] != before["wandb_id"]  # it cannot take back steps that come again
+    assert after["warnings"] == ["3 rows left out", "the disk is slow"]
+    assert after["facts"] == {"parameters": "12", "device": "cuda"}
     assert [s["resume_step"] for s in after["sessions"]] == [None, 2]
     assert [s["name"] for s in after["stages"]] == ["sft"]
 
@@ -385,10 +393,19 @@ def test_a_damaged_run_json_does_not_stop_a_resume(tmp_path, whole_run):
     assert exact_files(tmp_path / "run") == whole_run
 
 
-def test_wandb_offline_holds_the_same_metrics(tmp_path):
-    # Catches: other names in wandb than on disk, dropped NaN, a missing step axis.
-    tracker = open_tracker(tmp_path, wandb="offline")
-    run_steps(tracker, 1, LAST)
+@pytest.mark.parametrize("resumed", [None, 2, SFT, "anew"])
+def test_wandb_offline_holds_the_same_metrics(tmp_path, resumed):
+    # Catches: other names in wandb than on disk, dropped NaN, a missing step axis; steps that were logged after the
+    # checkpoint of a killed run, once more, or the ones before it missing.
+    if resumed is not None:
+        killed = open_tracker(tmp_path, wandb="offline")
+        run_steps(killed, 1, 5)
+        killed.close("failed")  # its file would be there after a kill too
+    step = resumed if isinstance(resumed, int) else None
+    tracker = open_tracker(tmp_path, step, wandb="offline")
+    if step == SFT:
+        begin_grpo(tracker)
+    run_steps(tracker, (step or 0) + 1, LAST)
     tracker.close("finished")
     assert json.loads((tmp_path / "run.json").read_text())["dropped"] == {}
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -429,3 +446,32 @@ def test_importing_the_tracker_is_light():
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_summary_of_many_stages_is_a_table(tmp_path):
+    # Catches: one line of a thousand characters for a recipe of twenty variants; a stage without an evaluation that
+    # shifts the columns.
+    output = io.StringIO()
+    tracker = open_tracker(tmp_path, output=output)
+    tracker.log(0, "s1", {"eval/sums/pass@1": 0.0, "eval/pairs/accuracy": 0.25}, {})
+    for i in range(1, 21):
+        pairs = {"eval/pairs/accuracy": 0.5} if i != 7 else {}
+        tracker.log(i, f"s{i}", {"eval/sums/pass@1": i / 100, **pairs, "eval/sums/reward_mean": 0.3}, {})
+    tracker.close("finished")
+    summary = output.getvalue().split("finished\n", 1)[1]
+    lines = [line.split() for line in summary.splitlines()]
+    assert ["held", "out,", "after", "pairs/accuracy", "sums/pass@1"] in lines or [
+        "held", "out,", "after", "sums/pass@1", "pairs/accuracy",
+    ] in lines  # fmt: skip
+    assert sum(line[:1] == [f"s{i}"] for i in range(1, 21) for line in lines) == 20
+    assert ["s7", "7.0", "%"] in lines and "→" not in summary
+    assert max(map(len, summary.splitlines())) <= 100
+
+
+def test_the_summary_of_few_stages_is_a_line(tmp_path):
+    output = io.StringIO()
+    tracker = open_tracker(tmp_path, output=output)
+    for step, stage in enumerate(("a", "a", "b", "c")):
+        tracker.log(step, stage, {"eval/sums/pass@1": step / 10}, {})
+    tracker.close("finished")
+    assert "held out, sums/pass@1  0 % → 10.0 % (a) → 20.0 % (b) → 30.0 % (c)" in output.getvalue()

@@ -535,6 +535,38 @@ def test_tensors_that_the_first_step_leaves_alone_are_named(stage: int) -> None:
     adapted.destroy()
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("head", ["zero", "new"])
+def test_a_head_of_zeros_lets_its_trunk_start_later(head: str, lora: bool, stage: int) -> None:
+    """Would catch: a report about the whole trunk of a critic, whose head starts at 0, and none about a tensor that really
+    stays; a model that is watched for longer than it needs."""
+    source = build_model()
+    config = ModelConfig(path="none", dtype="float32", lora=LoraConfig(rank=3) if lora else None)
+    tokenizer = build_tokenizer(BuildTokenizerConfig())
+    critic = load_scalar_model(config, tokenizer, head=head, seed=0, trainable=True, model=source)
+    critic.still = torch.nn.Parameter(torch.ones(3))
+    engine = engine_for(critic, stage, weight_decay=0.0)
+
+    def error(model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return ((batch_values(model, micro) - 1.0)[micro.loss_mask] ** 2).sum() / micro.num_loss_tokens, {}
+
+    reports = [engine.update(cut(build_batch(), RAGGED), error).unchanged for _ in range(5)]
+    steps = 1 + lora + (head == "zero")
+    assert reports == [()] * (steps - 1) + [("still",)] + [()] * (5 - steps)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_without_gradient_says_nothing_about_the_tensors(stage: int) -> None:
+    """Would catch: a report about every weight because the first step's advantages were all 0."""
+    engine = engine_for(build_model(), stage, weight_decay=0.0)
+    flat = [lambda model, micro: (nll(model, micro)[0] * 0.0, {})]
+    reports = [engine.update(cut(build_batch(), RAGGED), fn).unchanged for fn in (*flat, nll, nll)]
+    assert reports == [(), ("unused",), ()]
+    engine.destroy()
+
+
 def logprob_nll(model: torch.nn.Module, micro: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return -batch_logprobs(model, micro, temperature=1.0)[0].sum() / micro.num_loss_tokens, {}
 

@@ -22,6 +22,7 @@ from tests.e2e.running import TINY
 def recipe():
     changed = copy.deepcopy(TINY)
     changed.pop("stages")
+    changed["data"].pop("response_column")
     changed |= {
         "method": "ppo",
         "critic": {"shared": True, "coef": 0.7},

@@ -1,0 +1,53 @@
+"""What the engines say of their work, summed up for one record."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.records import Prompt
+from rlhf.rollout import Completion, SamplingParams
+from rlhf.trainers.roles import Clock, Sampler
+
+
+class _Engines:
+    """Two engines; each answers every request with one token, and has found a share of the prompts in its cache."""
+
+    size = 2
+    hit = (0.5, 0.0)
+
+    def call_each(self, method, args_per_rank):
+        assert method == "generate"
+        self.tokens = [sum(len(r.prompt_ids) for r in requests) for (requests,) in args_per_rank]
+        answer = Completion("0", 0, (5,), (-1.0,), (-1.0,), (0,), "stop")
+        return [[[answer] for _ in requests] for (requests,) in args_per_rank]
+
+    def call(self, method):
+        assert method == "rollout_stats"
+        return [
+            {
+                "cache/hit_frac": hit,
+                "cache/used_frac": 0.25 + hit,
+                "rollout/prefill_tokens": tokens,
+                "rollout/preempted": 1,
+                "rollout/forward_passes": 3,
+            }
+            for hit, tokens in zip(self.hit, self.tokens, strict=True)
+        ]
+
+
+def test_stats_of_all_calls_and_engines_are_one() -> None:
+    """Would catch: the last call's numbers for those of the step; a mean of shares that forgets what they are of; an
+    engine without a prompt that counts as one that found nothing."""
+    sampler = Sampler(_Engines(), Clock(), seed=0, decode=str)
+    assert sampler.take_stats() == {}
+    prompts = [Prompt(f"p{i}", (1,) * (i + 1), "p") for i in range(3)]  # the engines get 4 and 2 tokens
+    params = SamplingParams(max_tokens=1, stop_ids=(0,))
+    for rows in (prompts, prompts[:1]):
+        sampler.generate(rows, params, samples=1, purpose="rollout", step=0)
+    assert sampler.take_stats() == {
+        "cache/hit_frac": pytest.approx((4 * 0.5 + 1 * 0.5) / 7),
+        "cache/used_frac": 0.75,
+        "rollout/preempted": 3,
+        "rollout/forward_passes": 9,
+    }
+    assert sampler.take_stats() == {}
