@@ -1,9 +1,11 @@
-// Causal attention of single query rows to their keys, in fp32: the native form of kernels/attention.py on a CPU.
+// Causal attention of single query rows to their keys: the native form of kernels/attention.py on a CPU. Arithmetic is in
+// fp32; keys and values may be bf16.
 //
 // A row's result is a function of its own q and of the k and v at its own positions, bit for bit: every row runs the
 // same instructions over the same absolute blocks of 16 positions, whatever else is in the call and on however many
-// threads. Masked positions have probability 0 and add an exact 0. Sums over keys: the probabilities' in 16 lanes by
-// position modulo 16, the values' in two chains by its parity.
+// threads. Masked positions have probability 0. Sums over keys: the probabilities' in 16 lanes by
+// position modulo 16, the values' in two chains by its parity. The backward makes the probabilities again, and adds up
+// the gradients of a key in the order of the queries.
 
 #include <cstdint>
 #include <cstring>
@@ -22,6 +24,21 @@ constexpr int kBlock = 16;  // positions, and lanes
 inline Lanes load(const float* from) {
   Lanes x;
   std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline Lanes load(const Bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Lanes x;
+  std::memcpy(&x, &words, sizeof x);
   return x;
 }
 
@@ -75,98 +92,146 @@ inline Lanes exp_of(Lanes x) {
   return small ? Lanes{} : value;
 }
 
-// Where the keys and values of one sequence and one head lie.
+// Where the keys and values of one sequence and one head lie, position by position.
+template <typename T>
 struct Sequence {
-  const float* k;  // of the head
-  const float* v;
-  const int64_t* pages;  // null: packed
-  int64_t page_tokens, page_floats, page_value_floats;  // from one page to the next
-  int64_t stride, value_stride;
-  int64_t start, prefix_start, prefix;  // packed: row of position `prefix`, row of position 0, length of the prefix
-
-  // Position p for p in a block of 16 that is wholly in one page, or any p of a packed sequence.
-  inline const float* key(int64_t p) const {
-    if (pages) return k + pages[p / page_tokens] * page_floats + (p % page_tokens) * stride;
-    return k + (p < prefix ? prefix_start + p : start + p - prefix) * stride;
-  }
-  inline const float* value(int64_t p) const {
-    if (pages) return v + pages[p / page_tokens] * page_value_floats + (p % page_tokens) * value_stride;
-    return v + (p < prefix ? prefix_start + p : start + p - prefix) * value_stride;
-  }
+  const T* const* keys;
+  const T* const* values;
 };
 
-// One query row at position `at`, seeing the positions from `first` on.
-template <int kVectors>
-void attend_row(const float* query, const Sequence& s, int64_t first, int64_t at, float scale, const float* sink,
-                float* probs, float* out) {
+// The positions that a query row sees, in blocks of 16.
+struct Range {
+  int64_t first, at, from, to;  // first and last position; first block, and the one after the last
+  Range(int64_t first, int64_t at) : first(first), at(at), from(first / kBlock), to(at / kBlock + 1) {}
+  int64_t last(int64_t block) const { return std::min(at, block * kBlock + kBlock - 1); }
+  int64_t low(int64_t block) const { return std::max(first, block * kBlock); }
+};
+
+// Unnormalised probabilities of the positions of a range, and what they add up to, the sink's share included.
+template <typename T, int kVectors>
+float probabilities(const float* query, const Sequence<T>& s, const Range& range, float scale, const float* sink,
+                    float* probs, float* sink_prob) {
   Lanes q[kVectors];
   for (int d = 0; d < kVectors; ++d) q[d] = load(query + d * kBlock);
   const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float lowest = -std::numeric_limits<float>::infinity();
-  const int64_t from = first / kBlock, to = at / kBlock + 1;  // blocks
   Lanes top = spread(lowest);
-  for (int64_t block = from; block < to; ++block) {
+  for (int64_t block = range.from; block < range.to; ++block) {
     Lanes dots[kBlock];
-    const int64_t begin = block * kBlock, last = std::min(at, begin + kBlock - 1);
+    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
     for (int i = 0; i < kBlock; ++i) {
-      const float* key = s.key(std::min(begin + i, last));
+      const T* key = s.keys[std::clamp(begin + i, low, last)];
       Lanes dot = q[0] * load(key);
       for (int d = 1; d < kVectors; ++d) dot = dot + q[d] * load(key + d * kBlock);
       dots[i] = dot;
     }
-    const Ints position = lane + static_cast<int32_t>(begin - from * kBlock);
-    const Ints seen = (position >= static_cast<int32_t>(first - from * kBlock)) &
-                      (position <= static_cast<int32_t>(at - from * kBlock));
+    const Ints seen = (lane >= static_cast<int32_t>(low - begin)) & (lane <= static_cast<int32_t>(last - begin));
     const Lanes scores = seen ? sums_of(dots) * scale : spread(lowest);
-    store(probs + (block - from) * kBlock, scores);
+    store(probs + (block - range.from) * kBlock, scores);
     top = scores > top ? scores : top;
     top = scores != scores ? scores : top;  // a NaN stays
   }
   float highest = sink ? *sink : lowest;
   for (int i = 0; i < kBlock; ++i) highest = (top[i] > highest || top[i] != top[i]) ? top[i] : highest;
   Lanes total = {};
-  for (int64_t block = from; block < to; ++block) {
-    float* at_block = probs + (block - from) * kBlock;
+  for (int64_t block = range.from; block < range.to; ++block) {
+    float* at_block = probs + (block - range.from) * kBlock;
     const Lanes p = exp_of(load(at_block) - highest);
     store(at_block, p);
     total = total + p;
   }
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; ++i) total[i] = total[i] + total[i + half];
-  float sum = total[0];
-  if (sink) sum += exp_of(spread(*sink - highest))[0];
-  Lanes even[kVectors] = {}, odd[kVectors] = {};
-  for (int64_t block = from; block < to; ++block) {
-    const float* p = probs + (block - from) * kBlock;
-    const int64_t begin = block * kBlock, low = std::max(begin, first), last = std::min(at, begin + kBlock - 1);
-    for (int i = 0; i < kBlock; i += 2) {
-      const float* a = s.value(std::clamp(begin + i, low, last));
-      const float* b = s.value(std::clamp(begin + i + 1, low, last));
+  *sink_prob = sink ? exp_of(spread(*sink - highest))[0] : 0.0f;
+  return total[0] + *sink_prob;
+}
+
+template <typename T, int kVectors>
+inline void add_value(Lanes* sum, const T* value, float weight) {
+  for (int d = 0; d < kVectors; ++d) sum[d] = sum[d] + load(value + d * kBlock) * weight;
+}
+
+template <typename T, int kVectors>
+void attend_row(const float* query, const Sequence<T>& s, const Range& range, float scale, const float* sink,
+                float* probs, float* out) {
+  float sink_prob;
+  const float sum = probabilities<T, kVectors>(query, s, range, scale, sink, probs, &sink_prob);
+  const float* p = probs - range.from * kBlock;
+  Lanes chains[2][kVectors] = {};
+  int64_t position = range.first;
+  if (position & 1) add_value<T, kVectors>(chains[1], s.values[position], p[position]), ++position;
+  for (; position < range.at; position += 2) {
+    add_value<T, kVectors>(chains[0], s.values[position], p[position]);
+    add_value<T, kVectors>(chains[1], s.values[position + 1], p[position + 1]);
+  }
+  if (position == range.at) add_value<T, kVectors>(chains[0], s.values[position], p[position]);
+  const float inverse = 1.0f / sum;
+  for (int d = 0; d < kVectors; ++d) store(out + d * kBlock, (chains[0][d] + chains[1][d]) * inverse);
+}
+
+// With p the probabilities, g the gradient of the output and c = sum_j p_j (g v_j): dv_j += p_j g,
+// ds_j = p_j (g v_j - c) scale, dq = sum_j ds_j k_j, dk_j += ds_j q; returns the sink's -p_sink c.
+template <int kVectors>
+float row_gradients(const float* query, const float* grad, const Sequence<float>& s, const Range& range, float scale,
+                    const float* sink, float* probs, float* slopes, float* dq, float* const* dk, float* const* dv) {
+  float sink_prob;
+  const float sum = probabilities<float, kVectors>(query, s, range, scale, sink, probs, &sink_prob);
+  const float inverse = 1.0f / sum;
+  Lanes g[kVectors], q[kVectors], to_q[kVectors] = {}, mean = {};
+  for (int d = 0; d < kVectors; ++d) g[d] = load(grad + d * kBlock), q[d] = load(query + d * kBlock);
+  for (int64_t block = range.from; block < range.to; ++block) {
+    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
+    Lanes dots[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      const float* value = s.values[std::clamp(begin + i, low, last)];
+      Lanes dot = g[0] * load(value);
+      for (int d = 1; d < kVectors; ++d) dot = dot + g[d] * load(value + d * kBlock);
+      dots[i] = dot;
+    }
+    float* at_block = probs + (block - range.from) * kBlock;
+    const Lanes p = load(at_block) * inverse, slope = sums_of(dots);
+    store(at_block, p);
+    store(slopes + (block - range.from) * kBlock, slope);
+    mean = mean + p * slope;
+  }
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) mean[i] = mean[i] + mean[i + half];
+  const float c = mean[0];
+  for (int64_t block = range.from; block < range.to; ++block) {
+    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
+    const float* p = probs + (block - range.from) * kBlock;
+    float* slope = slopes + (block - range.from) * kBlock;
+    store(slope, load(p) * (load(slope) - c) * scale);
+    for (int64_t position = low; position <= last; ++position) {
+      const float ds = slope[position - begin], weight = p[position - begin];
+      const float* key = s.keys[position];
+      float *of_key = dk[position], *of_value = dv[position];
       for (int d = 0; d < kVectors; ++d) {
-        even[d] = even[d] + load(a + d * kBlock) * p[i];
-        odd[d] = odd[d] + load(b + d * kBlock) * p[i + 1];
+        to_q[d] = to_q[d] + load(key + d * kBlock) * ds;
+        store(of_key + d * kBlock, load(of_key + d * kBlock) + q[d] * ds);
+        store(of_value + d * kBlock, load(of_value + d * kBlock) + g[d] * weight);
       }
     }
   }
-  const float inverse = 1.0f / sum;
-  for (int d = 0; d < kVectors; ++d) store(out + d * kBlock, (even[d] + odd[d]) * inverse);
+  for (int d = 0; d < kVectors; ++d) store(dq + d * kBlock, to_q[d]);
+  return -sink_prob * inverse * c;
 }
 
-using Row = void (*)(const float*, const Sequence&, int64_t, int64_t, float, const float*, float*, float*);
+// The function for heads of `dim` numbers; null where there is none.
+#define FOR_DIM(dim, name, ...)              \
+  ((dim) == 16    ? name<__VA_ARGS__ 1>      \
+   : (dim) == 32  ? name<__VA_ARGS__ 2>      \
+   : (dim) == 48  ? name<__VA_ARGS__ 3>      \
+   : (dim) == 64  ? name<__VA_ARGS__ 4>      \
+   : (dim) == 80  ? name<__VA_ARGS__ 5>      \
+   : (dim) == 96  ? name<__VA_ARGS__ 6>      \
+   : (dim) == 128 ? name<__VA_ARGS__ 8>      \
+   : (dim) == 256 ? name<__VA_ARGS__ 16>     \
+                  : nullptr)
 
-Row row_function(int64_t dim) {
-  switch (dim / kBlock) {
-    case 1: return attend_row<1>;
-    case 2: return attend_row<2>;
-    case 3: return attend_row<3>;
-    case 4: return attend_row<4>;
-    case 5: return attend_row<5>;
-    case 6: return attend_row<6>;
-    case 8: return attend_row<8>;
-    case 16: return attend_row<16>;
-    default: return nullptr;
-  }
-}
+struct Piece {
+  int64_t sequence, first, count;  // queries of one sequence
+};
 
 }  // namespace
 
@@ -174,61 +239,145 @@ extern "C" {
 
 struct AttentionCall {
   const float* q;    // token t, head h at t * q_token + h * dim
-  const float* k;    // packed: token t, head h at t * kv_token + h * dim; pages: (P, heads, page, dim)
-  const float* v;
+  const void* k;     // packed: token t, head h at t * k_token + h * dim; pages: (P, heads, page, dim)
+  const void* v;
   float* out;        // (tokens, query heads, dim)
-  const float* sinks;  // (query heads,) or null
-  const int64_t* starts;        // of sequences: row of the first query
+  const float* sinks;            // (query heads,) or null
+  const int64_t* starts;         // of sequences: row of the first query
   const int64_t* query_lens;
   const int64_t* context_lens;
-  const int64_t* page_table;    // (sequences, table_width) or null
+  const int64_t* page_table;     // (sequences, table_width) or null
   const int64_t* prefix_starts;  // packed: row of position 0 of what a sequence goes on from, or null
+  const float* grad;             // the backward's: of out
+  float* dq;                     // (tokens, query heads, dim)
+  float* dk;                     // (tokens, heads, dim), zeros at first
+  float* dv;
+  float* dsinks;                 // (tokens, query heads)
   int64_t sequences, heads, group, dim, q_token, k_token, v_token, table_width, page_tokens;
   int64_t window;  // 0: none
   int64_t threads;
+  int64_t is_bf16;  // k and v
   float scale;
 };
+}
 
-int attend_f32(const AttentionCall* c) {
-  const Row row = row_function(c->dim);
-  if (!row || c->dim % kBlock) return 1;
-  struct Piece {
-    int64_t sequence, first, count;
-  };
-  std::vector<Piece> pieces;
-  constexpr int64_t kQueries = 64;
-  int64_t longest = 0;
-  for (int64_t s = 0; s < c->sequences; ++s) {
-    longest = std::max(longest, c->context_lens[s]);
-    for (int64_t first = 0; first < c->query_lens[s]; first += kQueries)
-      pieces.push_back({s, first, std::min(kQueries, c->query_lens[s] - first)});
+namespace {
+
+// Where position p of a packed sequence lies.
+int64_t row_of(const AttentionCall& c, int64_t n, int64_t p) {
+  const int64_t prefix = c.context_lens[n] - c.query_lens[n];
+  return p < prefix ? c.prefix_starts[n] + p : c.starts[n] + p - prefix;
+}
+
+// Addresses of a sequence's positions under one head; made once for all its queries.
+template <typename T>
+struct Addresses {
+  std::vector<const T*> keys, values;
+  explicit Addresses(int64_t longest) : keys(longest), values(longest) {}
+
+  Sequence<T> of(const AttentionCall& c, int64_t n, int64_t head) {
+    const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
+    const int64_t length = c.context_lens[n];
+    if (c.page_table) {
+      const int64_t* pages = c.page_table + n * c.table_width;
+      for (int64_t page = 0; page * c.page_tokens < length; ++page) {
+        const int64_t begin = page * c.page_tokens, end = std::min(length, begin + c.page_tokens);
+        const int64_t at = (pages[page] * c.heads + head) * c.page_tokens * c.dim;
+        for (int64_t p = begin; p < end; ++p) {
+          keys[p] = k + at + (p - begin) * c.dim;
+          values[p] = v + at + (p - begin) * c.dim;
+        }
+      }
+    } else {
+      for (int64_t p = 0; p < length; ++p) {
+        keys[p] = k + row_of(c, n, p) * c.k_token + head * c.dim;
+        values[p] = v + row_of(c, n, p) * c.v_token + head * c.dim;
+      }
+    }
+    return {keys.data(), values.data()};
   }
-  const int64_t work = static_cast<int64_t>(pieces.size()) * c->heads;
+};
+
+Range range_of(const AttentionCall& c, int64_t n, int64_t query) {
+  const int64_t at = c.context_lens[n] - c.query_lens[n] + query;
+  return {c.window ? std::max<int64_t>(0, at - c.window + 1) : 0, at};
+}
+
+int64_t longest_of(const AttentionCall& c) {
+  return (*std::max_element(c.context_lens, c.context_lens + c.sequences) / kBlock + 2) * kBlock;
+}
+
+template <typename T, typename Function>
+int attend(const AttentionCall& c, Function row) {
+  if (!row) return 1;
+  constexpr int64_t kQueries = 64;  // of one piece, which a thread takes at once
+  std::vector<Piece> pieces;
+  for (int64_t n = 0; n < c.sequences; ++n)
+    for (int64_t first = 0; first < c.query_lens[n]; first += kQueries)
+      pieces.push_back({n, first, std::min(kQueries, c.query_lens[n] - first)});
+  const int64_t work = static_cast<int64_t>(pieces.size()) * c.heads, longest = longest_of(c);
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, work)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> probs(longest);
+    Addresses<T> addresses(longest);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t item = 0; item < work; ++item) {
+      const Piece& piece = pieces[item / c.heads];
+      const int64_t head = item % c.heads, n = piece.sequence;
+      const Sequence<T> s = addresses.of(c, n, head);
+      for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
+        const int64_t token = c.starts[n] + i;
+        const Range range = range_of(c, n, i);
+        for (int64_t h = head * c.group; h < (head + 1) * c.group; ++h)
+          row(c.q + token * c.q_token + h * c.dim, s, range, c.scale, c.sinks ? c.sinks + h : nullptr, probs.data(),
+              c.out + (token * c.heads * c.group + h) * c.dim);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int attention_forward(const AttentionCall* c) {
+  if (c->is_bf16) return attend<Bf16>(*c, FOR_DIM(c->dim, attend_row, Bf16, ));
+  return attend<float>(*c, FOR_DIM(c->dim, attend_row, float, ));
+}
+
+// Packed fp32 only. A sequence that others go on from has keys that several of them change: then one thread has a head.
+int attention_backward(const AttentionCall* c) {
+  const auto row = FOR_DIM(c->dim, row_gradients, );
+  if (!row || c->is_bf16 || c->page_table) return 1;
+  const int64_t parts = c->prefix_starts ? 1 : c->sequences, work = parts * c->heads, longest = longest_of(*c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c->threads, work)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> probs((longest / kBlock + 2) * kBlock);
-#pragma omp for schedule(dynamic, 4)
+    std::vector<float> probs(longest), slopes(longest);
+    std::vector<float*> dk(longest), dv(longest);
+    Addresses<float> addresses(longest);
+#pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < work; ++item) {
-      const Piece& piece = pieces[item / c->heads];
-      const int64_t head = item % c->heads, n = piece.sequence;
-      const int64_t prefix = c->context_lens[n] - c->query_lens[n];
-      Sequence s;
-      if (c->page_table) {
-        s = {c->k + head * c->page_tokens * c->dim, c->v + head * c->page_tokens * c->dim,
-             c->page_table + n * c->table_width, c->page_tokens, c->heads * c->page_tokens * c->dim,
-             c->heads * c->page_tokens * c->dim, c->dim, c->dim, 0, 0, 0};
-      } else {
-        s = {c->k + head * c->dim, c->v + head * c->dim, nullptr, 0, 0, 0, c->k_token, c->v_token, c->starts[n],
-             c->prefix_starts ? c->prefix_starts[n] : 0, prefix};
-      }
-      for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
-        const int64_t token = c->starts[n] + i, at = prefix + i;
-        const int64_t first = c->window ? std::max<int64_t>(0, at - c->window + 1) : 0;
-        for (int64_t g = 0; g < c->group; ++g) {
-          const int64_t h = head * c->group + g;
-          row(c->q + token * c->q_token + h * c->dim, s, first, at, c->scale, c->sinks ? c->sinks + h : nullptr,
-              probs.data(), c->out + (token * c->heads * c->group + h) * c->dim);
+      const int64_t head = item % c->heads, part = item / c->heads;
+      for (int64_t n = c->prefix_starts ? 0 : part; n < (c->prefix_starts ? c->sequences : part + 1); ++n) {
+        const Sequence<float> s = addresses.of(*c, n, head);
+        for (int64_t p = 0; p < c->context_lens[n]; ++p) {
+          const int64_t place = (row_of(*c, n, p) * c->heads + head) * c->dim;
+          dk[p] = c->dk + place;
+          dv[p] = c->dv + place;
+        }
+        for (int64_t i = 0; i < c->query_lens[n]; ++i) {
+          const int64_t token = c->starts[n] + i;
+          const Range range = range_of(*c, n, i);
+          for (int64_t h = head * c->group; h < (head + 1) * c->group; ++h) {
+            const int64_t place = token * c->heads * c->group + h;
+            const float sink = row(c->q + token * c->q_token + h * c->dim, c->grad + place * c->dim, s, range, c->scale,
+                                   c->sinks ? c->sinks + h : nullptr, probs.data(), slopes.data(),
+                                   c->dq + place * c->dim, dk.data(), dv.data());
+            if (c->dsinks) c->dsinks[place] = sink;
+          }
         }
       }
     }

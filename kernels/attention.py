@@ -516,21 +516,55 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sinks", "starts", "query_lens")),
         *((name, ctypes.c_void_p) for name in ("context_lens", "page_table", "prefix_starts")),
+        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "dsinks")),
         *((name, ctypes.c_int64) for name in ("sequences", "heads", "group", "dim", "q_token", "k_token")),
         *((name, ctypes.c_int64) for name in ("v_token", "table_width", "page_tokens", "window", "threads")),
+        ("is_bf16", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
 
 
 def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
-    """Whether attention.cpp serves the call: fp32 on a CPU, heads of 16 to 256 numbers, no soft cap."""
+    """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, heads of a size that it has, no soft cap."""
     return (
         q.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype == torch.float32
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.float32, torch.bfloat16)
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in _NATIVE_DIMS
         and softcap is None
         and native.library("attention") is not None
+    )
+
+
+def _call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    window: int | None,
+    **tensors: torch.Tensor | None,
+) -> _Call:
+    """q (N', Hq, D) fp32; k, v (N, Hkv, D) or pages (P, Hkv, page, D). The tensors must outlive the call."""
+    num_heads, dim = k.shape[1], q.shape[-1]
+    pointers = {"q": q, "k": k, "v": v} | {name: x for name, x in tensors.items() if x is not None}
+    return _Call(
+        **{name: x.data_ptr() for name, x in pointers.items()},
+        **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
+        sequences=len(plan.query_lens),
+        heads=num_heads,
+        group=q.shape[1] // num_heads,
+        dim=dim,
+        q_token=q.stride(0),
+        k_token=k.stride(0),
+        v_token=v.stride(0),
+        table_width=0 if plan.page_table is None else plan.page_table.shape[1],
+        page_tokens=plan.page_tokens or 0,
+        window=window or 0,
+        threads=torch.get_num_threads() if plan.num_scores * q.shape[1] * dim > _WORTH_THREADS else 1,
+        is_bf16=k.dtype == torch.bfloat16,
+        scale=scale,
     )
 
 
@@ -544,33 +578,40 @@ def _attend_native(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N', Hq, D). No gradient."""
-    q, sinks = _heads_together(q), None if sinks is None else sinks.detach().float().contiguous()
+    wide = _heads_together(q.detach().float())
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
     if plan.page_table is None:
         k, v = _heads_together(k), _heads_together(v)
-    num_heads, dim = k.shape[1], q.shape[-1]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    call = _Call(
-        **{name: x.data_ptr() for name, x in {"q": q, "k": k, "v": v, "out": out}.items()},
-        sinks=None if sinks is None else sinks.data_ptr(),
-        **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
-        sequences=len(plan.query_lens),
-        heads=num_heads,
-        group=q.shape[1] // num_heads,
-        dim=dim,
-        q_token=q.stride(0),
-        k_token=k.stride(0),
-        v_token=v.stride(0),
-        table_width=0 if plan.page_table is None else plan.page_table.shape[1],
-        page_tokens=plan.page_tokens or 0,
-        window=window or 0,
-        threads=torch.get_num_threads() if plan.num_scores * q.shape[1] * dim > _WORTH_THREADS else 1,
-        scale=scale,
-    )
-    failed = native.library("attention").attend_f32(ctypes.byref(call))
-    assert not failed, f"attention.cpp has no head of {dim}"
+    out = torch.empty(q.shape, dtype=torch.float32)
+    call = _call(wide, k, v, plan, scale, window, out=out, sinks=sinks)
+    failed = native.library("attention").attention_forward(ctypes.byref(call))
+    assert not failed, f"attention.cpp has no forward for heads of {q.shape[-1]}"
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
-    return out
+    return out.to(q.dtype)
+
+
+def _gradients_native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients to q (N, Hq, D), k and v (N, Hkv, D) and sinks (Hq,) of packed attention, where `grad` is the result's."""
+    wide = [_heads_together(x.detach().float()) for x in (q, k, v)]
+    grad = grad.float().contiguous()
+    dq, dk, dv = torch.empty(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
+    dsinks = None if sinks is None else torch.empty(q.shape[:2])
+    sink_values = None if sinks is None else sinks.detach().float().contiguous()
+    call = _call(*wide, plan, scale, window, sinks=sink_values, grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
+    failed = native.library("attention").attention_backward(ctypes.byref(call))
+    assert not failed, f"attention.cpp has no backward for heads of {q.shape[-1]}"
+    of_sinks = None if dsinks is None else dsinks.sum(0).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks
 
 
 def _heads_together(x: torch.Tensor) -> torch.Tensor:
@@ -641,17 +682,20 @@ class _PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, sinks)
-        ctx.layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
         if is_native(q, k, v, softcap):
             return _attend_native(q, k, v, plan, scale, window, sinks)
-        out = _attend(_rows(q), k, v, ctx.layout, scale, softcap, sinks)
+        layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
+        out = _attend(_rows(q), k, v, layout, scale, softcap, sinks)
         return out.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, sinks = ctx.saved_tensors
-        heads, layout = k.shape[1], ctx.layout
+        if is_native(q, k, v, ctx.softcap):
+            of_inputs = _gradients_native(q, k, v, grad, ctx.plan, ctx.scale, ctx.window, sinks)
+            return *of_inputs, None, None, None, None
+        heads, layout = k.shape[1], ctx.plan.layout(k.shape[1], q.shape[1] // k.shape[1], ctx.window)
         q_rows, k_rows, v_rows, grad_rows = _rows(q), _rows(k), _rows(v), _rows(grad)
         grads_q, grads_k, grads_v = [], [], []
         grad_sinks = None if sinks is None else torch.zeros_like(sinks)
