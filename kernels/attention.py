@@ -524,6 +524,12 @@ class _Call(ctypes.Structure):
     ]
 
 
+def form(device: torch.device | str) -> str:
+    """ "C++" or "torch": what serves plain attention of models on this device, for people and to compare machines."""
+    on_cpu = torch.device(device).type == "cpu"
+    return "C++" if on_cpu and native.library("attention") is not None else "torch"
+
+
 def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
     """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, heads of a size that it has, no soft cap."""
     return (

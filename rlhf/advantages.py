@@ -281,8 +281,8 @@ def zero_std_groups(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[int
 
 
 def advantage_metrics(batch: Batch) -> dict[str, float]:
-    """`advantage/{mean,std,min,max}`, and where the batch has groups `reward/groups_zero_std_frac`, where it has
-    returns `return/mean`; of a whole step's batch.
+    """`advantage/{mean,std,min,max}`, where the batch has groups of several `reward/groups_zero_std_frac`, and where it
+    has returns `return/mean`; of a whole step's batch.
 
     The former are over the responses with a token in `loss_mask`, each the mean of its tokens, and left out if there is
     none; the std is with n. Over tokens the mean would drift from 0 as soon as right answers are longer than wrong ones.
@@ -292,7 +292,8 @@ def advantage_metrics(batch: Batch) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if batch.group_ids is not None and len(batch):
         flat, total = zero_std_groups(batch.rewards, batch.group_ids)
-        metrics["reward/groups_zero_std_frac"] = flat / total
+        if total < len(batch):
+            metrics["reward/groups_zero_std_frac"] = flat / total
     counts = batch.loss_mask.sum(-1)
     values = (
         torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)[counts > 0] / counts[counts > 0]

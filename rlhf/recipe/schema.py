@@ -204,7 +204,8 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments passed to the function."""
     timeout_s: PositiveFloat = 60.0
-    """Deadline for one call on one step's responses."""
+    """Deadline for one call on one step's responses. A call that is late or fails is repeated response by response, within
+    as much time again; what still fails is masked and counted."""
 
 
 class RolloutConfig(Section):

@@ -163,8 +163,10 @@ def test_metrics_are_over_responses_and_count_flat_groups() -> None:
         "advantage/min": -0.5,
         "advantage/max": 0.5,
     }
-    nothing = _with(make_batch([_rollout(None, (True,))], group_ids=[0]), "grpo")
+    nothing = _with(make_batch([_rollout(None, (True,))] * 2, group_ids=[0, 0]), "grpo")
     assert advantage_metrics(nothing) == {"reward/groups_zero_std_frac": 1.0}
+    one_each = make_batch(rollouts, group_ids=range(5))  # ReMax's: every group would count as flat
+    assert "reward/groups_zero_std_frac" not in advantage_metrics(_with(one_each, "reinforce_pp"))
     alone = batch.replace(group_ids=None, returns=torch.where(batch.response_mask, 2.0, NAN))
     assert advantage_metrics(alone)["return/mean"] == 2.0
     assert "reward/groups_zero_std_frac" not in advantage_metrics(alone)
