@@ -366,8 +366,9 @@ class Tracker:
                     (f"held out, {change.name.removeprefix('eval/')}", self._milestones(change.name))
                 )
         if any("reward/mean" in r for r in self._headlines):
-            first, last, _ = trend_of(self._headlines, "reward/mean")
-            facts.append(("training reward", f"{format_value(first)} → {format_value(last)}"))
+            first, last, count = trend_of(self._headlines, "reward/mean")
+            steps = f" (first and last {count} steps)" if count > 1 else ""
+            facts.append(("training reward", f"{format_value(first)} → {format_value(last)}{steps}"))
         if "model" in self._run["facts"]:
             facts.append(("model", self._run["facts"]["model"]))
         return [*facts, ("report", str(self.run_dir / REPORT_FILE))]

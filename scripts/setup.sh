@@ -67,8 +67,9 @@ install() {
   [ -z "$extras" ] || target=".[$extras]"
   [ -t 1 ] || progress=(--quiet)
   echo "setup: installing into $PWD/$venv (2 GB, with CUDA 6 GB; some minutes)"
+  # compat: a path to this folder. The default, a finder, loses against a folder named rlhf beside the script that runs.
   "$venv/bin/python" -m pip install ${progress[@]+"${progress[@]}"} --disable-pip-version-check \
-    -c constraints.txt -e "$target" || fail "pip could not install the packages; its message is above"
+    --config-settings editable_mode=compat -c constraints.txt -e "$target" || fail "pip could not install the packages; its message is above"
   fingerprint >"$venv/.ready-${extras:-plain}"
   fingerprint >"$venv/.ready-plain"
 }

@@ -91,7 +91,10 @@ def run_plan(plan: Plan, *, fresh: bool = False) -> int:
         train_plan(plan, fresh=fresh, console=console)
         return EXIT_OK
     except KeyboardInterrupt:
-        _complain(console, "interrupted; run the same command again to go on from the last checkpoint")
+        _complain(
+            console,
+            "interrupted; run the same command again to go on from the last checkpoint, if there is one",
+        )
         return EXIT_INTERRUPTED
     except Preempted as preempted:
         _complain(console, str(preempted))
