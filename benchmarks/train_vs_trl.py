@@ -155,6 +155,7 @@ def run_ours(
     from rlhf.trainers.stage import Preempted, Stage
 
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run").mkdir()
     a_step = {"sft": SEQUENCES, "dpo": SEQUENCES // 2, "grpo": SEQUENCES // GROUP}[method]
     recipe = {
         "method": method,

@@ -127,17 +127,19 @@ def did_you_mean(near: str | None, otherwise: str) -> str:
 def meant(path: PathKey) -> list[PathKey]:
     """Full paths that an unknown key may have meant, the likeliest first; empty if nothing is near.
 
-    A neighbour's misspelling comes first, unless the word is exactly a key (or another framework's name of a key)
-    that lives elsewhere.
+    Another framework's name of a key of this very section comes first, then a neighbour's misspelling, unless the word is
+    exactly a key (or another framework's name of a key) that lives elsewhere.
     """
     word = str(path[-1])
     near = closest(word, siblings(path))
     if near is not None and _far(word, near) == 0:
         return [(*path[:-1], near)]
+    synonym = SYNONYMS.get(_plain(word), SYNONYMS.get(word.lower()))
+    if synonym and len(path) > 1 and synonym.split(".")[:-1] == [path[-2]]:
+        return [(*path[:-1], synonym.split(".")[-1])]
     exact = _elsewhere(word, limit=0)
     if exact:
         return exact
-    synonym = SYNONYMS.get(_plain(word), SYNONYMS.get(word.lower()))
     if near is None and synonym:
         return [tuple(synonym.split("."))]
     if near is not None:

@@ -96,6 +96,7 @@ def test_two_hundred_typos_are_understood(seed):
         ("lr", "it belongs elsewhere: did you mean critic.lr or trainer.lr?"),
         ("trainer.learning_rate", "did you mean trainer.lr?"),
         ("rollout.num_generations", "did you mean rollout.group_size?"),
+        ("algorithm.beta", "did you mean algorithm.kl_coef?"),
         ("evaluation.sets.test.pth", "did you mean evaluation.sets.test.path?"),
         ("placement.a.gpu", "did you mean placement.a.gpus?"),
         ("model.lora.r", "known here: rank, alpha, target_modules"),
