@@ -22,9 +22,6 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,11 +34,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.running import ROOT, machine, train
 from rlhf.charts import nice_ticks
 from rlhf.data.tasks import make_rows
 from rlhf.recipe.load import load_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "dpo_vs_ppo.yaml"
 
 VARIANTS = {
@@ -80,9 +77,7 @@ def run(variant: str, seed: int, work: Path, overrides: Sequence[str] = ()) -> t
     """Train the recipe in `work`; its run directory and all overrides."""
     name = f"{variant}-{seed}"
     changes = [f"run.seed={seed}", f"data.task_args.seed={seed}", *VARIANTS[variant][1], *overrides]
-    command = [sys.executable, "-m", "rlhf.cli", "train", str(RECIPE), f"run.output_dir={work}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, f"run.name={name}", "tracking.wandb=off", *changes], env=env, check=True)
+    train(RECIPE, work, f"run.name={name}", *changes)
     return work / name, changes
 
 
@@ -306,8 +301,7 @@ def main() -> None:
     print(table(found))
     if args.out is not None:
         date = time.strftime("%Y-%m-%d")
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        report = {"benchmark": "dpo_vs_ppo", "date": date, "rows": found, "versions": versions}
+        report = {"benchmark": "dpo_vs_ppo", "date": date, "rows": found, "machine": machine()}
         args.out.mkdir(parents=True, exist_ok=True)
         file = args.out / f"dpo_vs_ppo-{date}.json"
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

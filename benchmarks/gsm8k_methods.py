@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.running import ROOT, machine, read, train
+
 RECIPES = ("sft", "rm", "dpo", "kto")
 RESAMPLES = 10_000
 
@@ -42,19 +40,9 @@ Pair = dict[str, str]
 
 def run(recipe: str, env: dict[str, str], work: Path) -> float:
     """Train a recipe in `work`; seconds that its steps and evaluations took."""
-    command = [sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "recipes" / "gsm8k" / f"{recipe}.yaml")]
-    subprocess.run(
-        [*command, f"run.output_dir={work / 'runs'}", "tracking.wandb=off"],
-        env=os.environ | env,
-        cwd=ROOT,
-        check=True,
-    )
-    return sum(record["time/step_s"] for record in read(work / "runs" / f"gsm8k_{recipe}" / "timings.jsonl"))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    train(ROOT / "recipes" / "gsm8k" / f"{recipe}.yaml", work / "runs", env=env)
+    timings = read(work / "runs" / f"gsm8k_{recipe}" / "timings.jsonl")
+    return sum(record["time/step_s"] for record in timings)
 
 
 def held_out(run_dir: Path) -> dict[str, Any]:
@@ -141,22 +129,6 @@ def check_disjoint(source: Path, pairs_dir: Path) -> int:
     return len(held)
 
 
-def machine() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_at_end": [round(x, 1) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, metavar="GSM8K_FOLDER")
@@ -169,7 +141,7 @@ def main() -> None:
     subprocess.run(
         [sys.executable, ROOT / "scripts" / "make_gsm8k_preferences.py", source, pairs_dir], check=True
     )
-    env = {"GSM8K": str(source), "GSM8K_PAIRS": str(pairs_dir), "PYTHONPATH": str(ROOT)}
+    env = {"GSM8K": str(source), "GSM8K_PAIRS": str(pairs_dir)}
     report: dict[str, Any] = {"benchmark": "gsm8k_methods", "date": time.strftime("%Y-%m-%d")}
     pairs, trained_on = (read(pairs_dir / f"pairs.{split}.jsonl") for split in ("heldout", "train"))
     report["held_out"] = {"pairs": len(pairs), "questions": check_disjoint(source, pairs_dir)}

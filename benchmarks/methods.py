@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +21,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-import transformers
-
+from benchmarks.running import ROOT, machine, read, train
 from rlhf.recipe.load import Plan, load_plan
 from rlhf.recipe.outputs import start_stage
 from rlhf.reward_loss import accuracy_interval
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes" / "arithmetic"
 
 Record = Mapping[str, Any]
@@ -42,17 +35,7 @@ Row = dict[str, Any]
 def run(name: str, work: Path) -> tuple[Plan, Path]:
     """Train a recipe in `work`; its plan and its run directory."""
     file = RECIPES / f"{name}.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf.cli",
-        "train",
-        str(file),
-        f"run.output_dir={work}",
-        f"run.name={name}",
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "tracking.wandb=off"], env=env, check=True)
+    train(file, work, f"run.name={name}")
     return load_plan(file), work / name
 
 
@@ -106,11 +89,6 @@ def with_interval(value: float, count: int) -> list[float]:
     return [round(x, 4) for x in (value, *accuracy_interval(value * count, count))]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def table(found: Sequence[Row]) -> str:
     head = ("recipe", "stage", "method", "held out", "before %", "after % [95 %]", "steps", "s")
     body = [
@@ -133,22 +111,6 @@ def percent(value: Sequence[float] | None, interval: bool = False) -> str:
         return ""
     shown = [f"{100 * x:.1f}" for x in value]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]" if interval else shown[0]
-
-
-def machine() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_at_end": [round(x, 1) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def main() -> None:

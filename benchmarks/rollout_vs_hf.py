@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.running import machine
 from rlhf.data import load_prompts, rows_from
 from rlhf.models.linear import prepare_linears
 from rlhf.recipe.load import load_plan
@@ -207,19 +206,6 @@ def measure(work: Workload, runs: int) -> dict[str, Any]:
         "samples": work.samples,
         **results,
         "ratio": results["engine"]["tokens_per_s"] / results["generate"]["tokens_per_s"],
-    }
-
-
-def machine() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model_names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": model_names[0] if model_names else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

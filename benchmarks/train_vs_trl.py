@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+
+from benchmarks.running import machine
 
 PROMPT, RESPONSE, SEQUENCES, GROUP = 64, 128, 32, 8
 ROWS = 64  # of each dataset: the steps go round
@@ -438,19 +440,9 @@ def main() -> None:
 
 
 def write(out: Path, results: list[dict[str, Any]], steps: int) -> Path:
-    import torch
-    import transformers
-    import trl
-
     report = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": 1},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
+        "machine": machine() | {"threads": 1, "trl": version("trl")},  # threads: of each side
         "workload": {
             "sequences": SEQUENCES,
             "prompt": PROMPT,
@@ -464,13 +456,6 @@ def write(out: Path, results: list[dict[str, Any]], steps: int) -> Path:
     path = out / f"train_vs_trl-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), platform.machine()
-    )
 
 
 if __name__ == "__main__":
