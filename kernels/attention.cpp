@@ -61,10 +61,16 @@ inline Lanes sums_of(const Lanes* rows) {
   const Ints high2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
   for (int i = 0; i < 2; ++i)
     c[i] = __builtin_shuffle(b[i], b[i + 2], low2) + __builtin_shuffle(b[i], b[i + 2], high2);
-  // lane 4 j + 2 i + {0, 1} of c[k] holds halves of row 8 * (j >> 1) + 4 * (j & 1) + 2 * i + k
   const Ints even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
   const Ints odd = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
   return __builtin_shuffle(c[0], c[1], even) + __builtin_shuffle(c[0], c[1], odd);
+}
+
+// The sum of all lanes, added up as a tree.
+inline float total_of(Lanes x) {
+  for (int half = kBlock / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
+  return x[0];
 }
 
 // e^x for x <= 0, to 1 ulp or two; 0 below -87.
@@ -107,6 +113,19 @@ struct Range {
   int64_t low(int64_t block) const { return std::max(first, block * kBlock); }
 };
 
+// Products of x with the rows of a block's positions; what lies beyond [low, last] repeats its nearest row.
+template <typename T, int kVectors>
+inline Lanes products(const Lanes* x, const T* const* rows, int64_t begin, int64_t low, int64_t last) {
+  Lanes of_row[kBlock];
+  for (int i = 0; i < kBlock; ++i) {
+    const T* row = rows[std::clamp(begin + i, low, last)];
+    Lanes product = x[0] * load(row);
+    for (int d = 1; d < kVectors; ++d) product = product + x[d] * load(row + d * kBlock);
+    of_row[i] = product;
+  }
+  return sums_of(of_row);
+}
+
 // Unnormalised probabilities of the positions of a range, and what they add up to, the sink's share included.
 template <typename T, int kVectors>
 float probabilities(const float* query, const Sequence<T>& s, const Range& range, float scale, const float* sink,
@@ -117,16 +136,9 @@ float probabilities(const float* query, const Sequence<T>& s, const Range& range
   const float lowest = -std::numeric_limits<float>::infinity();
   Lanes top = spread(lowest);
   for (int64_t block = range.from; block < range.to; ++block) {
-    Lanes dots[kBlock];
     const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
-    for (int i = 0; i < kBlock; ++i) {
-      const T* key = s.keys[std::clamp(begin + i, low, last)];
-      Lanes dot = q[0] * load(key);
-      for (int d = 1; d < kVectors; ++d) dot = dot + q[d] * load(key + d * kBlock);
-      dots[i] = dot;
-    }
     const Ints seen = (lane >= static_cast<int32_t>(low - begin)) & (lane <= static_cast<int32_t>(last - begin));
-    const Lanes scores = seen ? sums_of(dots) * scale : spread(lowest);
+    const Lanes scores = seen ? products<T, kVectors>(q, s.keys, begin, low, last) * scale : spread(lowest);
     store(probs + (block - range.from) * kBlock, scores);
     top = scores > top ? scores : top;
     top = scores != scores ? scores : top;  // a NaN stays
@@ -140,10 +152,8 @@ float probabilities(const float* query, const Sequence<T>& s, const Range& range
     store(at_block, p);
     total = total + p;
   }
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) total[i] = total[i] + total[i + half];
   *sink_prob = sink ? exp_of(spread(*sink - highest))[0] : 0.0f;
-  return total[0] + *sink_prob;
+  return total_of(total) + *sink_prob;
 }
 
 template <typename T, int kVectors>
@@ -181,22 +191,14 @@ float row_gradients(const float* query, const float* grad, const Sequence<float>
   for (int d = 0; d < kVectors; ++d) g[d] = load(grad + d * kBlock), q[d] = load(query + d * kBlock);
   for (int64_t block = range.from; block < range.to; ++block) {
     const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
-    Lanes dots[kBlock];
-    for (int i = 0; i < kBlock; ++i) {
-      const float* value = s.values[std::clamp(begin + i, low, last)];
-      Lanes dot = g[0] * load(value);
-      for (int d = 1; d < kVectors; ++d) dot = dot + g[d] * load(value + d * kBlock);
-      dots[i] = dot;
-    }
     float* at_block = probs + (block - range.from) * kBlock;
-    const Lanes p = load(at_block) * inverse, slope = sums_of(dots);
+    const Lanes p = load(at_block) * inverse;
+    const Lanes slope = products<float, kVectors>(g, s.values, begin, low, last);
     store(at_block, p);
     store(slopes + (block - range.from) * kBlock, slope);
     mean = mean + p * slope;
   }
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) mean[i] = mean[i] + mean[i + half];
-  const float c = mean[0];
+  const float c = total_of(mean);
   for (int64_t block = range.from; block < range.to; ++block) {
     const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
     const float* p = probs + (block - range.from) * kBlock;

@@ -112,10 +112,10 @@ class Plan:
         self.num_scores = int((self.query_lens * self.context_lens).sum())
         self.arrays = {  # what attention.cpp reads
             "starts": self.starts,
-            "query_lens": np.ascontiguousarray(self.query_lens),
-            "context_lens": np.ascontiguousarray(self.context_lens),
-            "page_table": None if self.page_table is None else np.ascontiguousarray(self.page_table),
-            "prefix_starts": None if self.prefix_starts is None else np.ascontiguousarray(self.prefix_starts),
+            "query_lens": self.query_lens,
+            "context_lens": self.context_lens,
+            "page_table": self.page_table,
+            "prefix_starts": self.prefix_starts,
         }
         if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
             raise ValueError(
@@ -240,7 +240,9 @@ class Plan:
 
 
 def _ints(values: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    return (values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)).astype(np.int64)
+    """A copy of its own, without gaps in memory."""
+    numbers = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    return numbers.astype(np.int64, order="C")
 
 
 def _round_up(values: np.ndarray, step: int) -> np.ndarray:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rlhf.records import Batch, Rollout
+
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,12 @@ def make_batch(
             rollout_logprobs=torch.where(batch.response_mask & logprobs.isfinite(), logprobs, 0.0),
         )
     )
+
+
+def in_batches(rows: Sequence[Any], make: Callable[[Sequence[Any]], Batch]) -> Iterator[Batch]:
+    """All rows of a dataset in order, a few hundred to a batch: what is scored at once, however large the set is."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        yield make([rows[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(rows)))])
 
 
 def make_sft_batch(examples: Sequence[SftExample]) -> Batch:

@@ -20,8 +20,7 @@ from typing import Any
 
 from rlhf.charts import MAX_NAMES, Curve, Span, chart, format_value, is_share
 from rlhf.metric_rules import MetricWatch
-from rlhf.recipe.reads import SAMPLING
-from rlhf.recipe.rules import stage_of
+from rlhf.recipe.rules import SAMPLING, stage_of
 from rlhf.report_assets import SCRIPT, STYLE
 from rlhf.runlog import (
     METRICS_FILE,

@@ -451,8 +451,9 @@ class TrainingEngine:
         the optimiser moves, unmerged.
 
         With `merged`, a LoRA model is shown as the plain model that it is equivalent to: adapters added to
-        the weights they adapt, names without peft's prefixes; `exact` leaves those sums in fp32. Under ZeRO-3 the tensors are copies and every
-        process must take them all; otherwise they are the live weights wherever nothing was merged.
+        the weights they adapt, names without peft's prefixes; `exact` leaves those sums in fp32. Under ZeRO-3 the
+        tensors are copies and every process must take them all; otherwise they are the live weights wherever nothing
+        was merged.
         """
         module = self.module
         if trained_only:

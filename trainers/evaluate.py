@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rlhf.batching import make_preference_batch
+from rlhf.batching import in_batches, make_preference_batch
 from rlhf.data import PromptDataset
 from rlhf.pass_at_k import majority, pass_at_k
 from rlhf.recipe import rules
@@ -23,7 +23,6 @@ from rlhf.trainers.roles import Sampler
 if TYPE_CHECKING:
     from rlhf.trainers.stage import Stage
 
-_PAIRS_AT_ONCE = 256
 LOWER_IS_BETTER = frozenset(
     {"loss", "perplexity", "truncated_frac", "reward_undesirable"}
 )  # of `eval/<set>/...`
@@ -97,9 +96,8 @@ def evaluate_pairs(name: str, pairs: Any, stage: Stage) -> dict[str, float]:
     count half.
     """
     scores = []
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        rows = [pairs[i] for i in range(start, min(start + _PAIRS_AT_ONCE, len(pairs)))]
-        scores.append(_scores(stage, stage.with_reference(make_preference_batch(rows))))
+    for batch in in_batches(pairs, make_preference_batch):
+        scores.append(_scores(stage, stage.with_reference(batch)))
     gaps = torch.cat(scores)
     right = float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
     low, high = accuracy_interval(right, len(gaps))

@@ -35,6 +35,13 @@ def _rows_are_alike(recipe: Recipe) -> bool:
     return recipe.trainer.neftune_alpha is None
 
 
+def _answer_logprobs(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> torch.Tensor:
+    """Log-probs of the loss mask's tokens at temperature 1, (B, T)."""
+    return batch_logprobs(
+        model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
+    )[0]
+
+
 def policy(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl_coef: float) -> Loss:
     """Policy gradient (ppo, grpo). `kl_coef` is the step's, which may adapt."""
     settings = rules.decided(recipe).model_copy(update={"kl_coef": kl_coef})
@@ -63,10 +70,7 @@ def policy_and_value(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl
 
 def sft(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """Negative log-likelihood of the loss mask's tokens."""
-    logprobs, _ = batch_logprobs(
-        model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
-    )
-    return sft_loss(micro, logprobs)
+    return sft_loss(micro, _answer_logprobs(recipe, model, micro))
 
 
 def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
@@ -88,10 +92,7 @@ def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """DPO and its family."""
     settings = rules.decided_preference(recipe)
     if not settings.wpo:
-        logprobs, _ = batch_logprobs(
-            model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
-        )
-        return preference_loss(micro, logprobs, settings)
+        return preference_loss(micro, _answer_logprobs(recipe, model, micro), settings)
     packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
     logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
     spread = collision_entropy(logits.detach(), temperature=1.0)
@@ -105,10 +106,7 @@ def preference(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 
 
 def kto(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
-    logprobs, _ = batch_logprobs(
-        model, micro, temperature=1.0, targets=micro.loss_mask, share_prompts=_rows_are_alike(recipe)
-    )
-    return bind(LABEL_LOSSES[recipe.kto.loss], recipe.kto)(micro, logprobs)
+    return bind(LABEL_LOSSES[recipe.kto.loss], recipe.kto)(micro, _answer_logprobs(recipe, model, micro))
 
 
 def reward_model(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:

@@ -7,21 +7,18 @@ Not here: responses to held-out prompts, and held-out pairs (`rlhf.trainers.eval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rlhf.batching import make_label_batch, make_sft_batch, make_step_batch
-from rlhf.records import Batch
+from rlhf.batching import in_batches, make_label_batch, make_sft_batch, make_step_batch
 from rlhf.reward_loss import accuracy_interval
 from rlhf.sequences import sequence_logprobs
 
 if TYPE_CHECKING:
     from rlhf.trainers.stage import Stage
-
-_ROWS_AT_ONCE = 256
 
 
 def evaluate_rows(name: str, rows: Any, stage: Stage) -> dict[str, float]:
@@ -33,7 +30,7 @@ def evaluate_rows(name: str, rows: Any, stage: Stage) -> dict[str, float]:
 def answers(rows: Any, stage: Stage) -> dict[str, float]:
     """sft: `loss`, the mean negative log-likelihood of the learned tokens in nats, and `perplexity`, e to the loss."""
     total, tokens = 0.0, 0
-    for batch in _batches(rows, make_sft_batch):
+    for batch in in_batches(rows, make_sft_batch):
         total -= float(stage.actor.score(batch)[batch.loss_mask].double().sum())
         tokens += batch.num_loss_tokens
     loss = total / tokens
@@ -44,7 +41,7 @@ def labels(rows: Any, stage: Stage) -> dict[str, float]:
     """kto: `auc`, how often a wanted answer scores higher than an unwanted one (equal scores count half), and the mean
     scores `reward_desirable` and `reward_undesirable`. The score is beta times the log-ratio to the reference."""
     scores, wanted = [], []
-    for batch in _batches(rows, make_label_batch):
+    for batch in in_batches(rows, make_label_batch):
         batch = stage.with_reference(batch)
         ratio = sequence_logprobs(stage.actor.score(batch) - batch.ref_logprobs, batch.loss_mask)
         scores.append(stage.recipe.kto.beta * ratio.double())
@@ -63,7 +60,7 @@ def steps(rows: Any, stage: Stage) -> dict[str, float]:
     """prm: `loss` per step, and `accuracy`, the share of verdicts that are right (score > 0 against label > 0.5), with a
     95 % interval; `label_mean` is what always saying yes would reach."""
     found, labelled = [], []
-    for batch in _batches(rows, make_step_batch):
+    for batch in in_batches(rows, make_step_batch):
         found.append(stage.actor.step_scores(batch)[batch.loss_mask].double())
         labelled.append(batch.token_labels[batch.loss_mask].double())
     scores, truth = torch.cat(found), torch.cat(labelled)
@@ -76,11 +73,6 @@ def steps(rows: Any, stage: Stage) -> dict[str, float]:
         "accuracy_high": high,
         "label_mean": float(truth.mean()),
     }
-
-
-def _batches(rows: Any, make: Callable[[Sequence[Any]], Batch]) -> Iterator[Batch]:
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        yield make([rows[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(rows)))])
 
 
 _MEASURES: dict[str, Callable[[Any, Any], dict[str, float]]] = {

@@ -16,13 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from rlhf.batching import in_batches
 from rlhf.faults import fault_point
 from rlhf.records import Batch
 from rlhf.runlog import flush_to_disk
 
 Identity = Mapping[str, Mapping[str, str]]  # {what: {part: hash}}, see rlhf.runtime.identity
-
-_ROWS_AT_ONCE = 256
 
 
 class ReferenceCache:
@@ -57,9 +56,7 @@ class ReferenceCache:
         """A new cache, written to `path`. `score` gives (B, T) log-probs of a batch's response tokens; a row that comes
         several times, as in a mixture, is scored once. Raises ValueError for an id that stands for two rows."""
         logprobs: dict[str, torch.Tensor] = {}
-        rows = _different_rows(datasets)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            batch = make_batch(rows[start : start + _ROWS_AT_ONCE])
+        for batch in in_batches(_different_rows(datasets), make_batch):
             scores = score(batch)
             fault_point("reference.mid")
             for i, sample in enumerate(batch.sample_ids):

@@ -1,8 +1,9 @@
 """A step's scored groups: one round of sampling, or as many as dynamic sampling needs.
 
 Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2) drops groups whose responses are all as good, and samples further
-prompts until the step is full. How good a response is says its reward before the penalty on its length. Rounds are capped: after algorithm.max_sampling_rounds a
-step goes on with the groups it has, and with all of the last round where it has none.
+prompts until the step is full. How good a response is says its reward before the penalty on its length. Rounds are
+capped: after algorithm.max_sampling_rounds a step goes on with the groups it has, and with all of the last round where it
+has none.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class Stage:
         answers = self.sampler.generate(
             [group.prompt for group in groups], greedy, samples=1, purpose="greedy", step=step
         )
-        scored = shorten(self.scorer.score([answer.rollouts[0] for answer in answers]), self.recipe)
+        scored = self.penalized(self.scorer.score([answer.rollouts[0] for answer in answers]))
         rewards = [float("nan") if r.reward is None else r.reward for r in scored]
         return torch.tensor([reward for reward, group in zip(rewards, groups) for _ in group.rollouts])
 

@@ -70,7 +70,7 @@ class Worker(WeightMethods):
         self.info, self.recipe, self._total_updates = info, recipe, total_updates
         self.tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
         self._model_object = model
-        self._average_shown, self._shows_average = contextlib.ExitStack(), False
+        self._average_shown: contextlib.ExitStack | None = None  # open while the actor has its average
         self._trained: dict[str, TrainingEngine] = {}  # actor, critic
         self._frozen: dict[str, torch.nn.Module] = {}  # reference, reward, teacher
         self._sources, self._sinks = {}, {}  # to and from other roles: rollout, reference
@@ -482,7 +482,7 @@ class Worker(WeightMethods):
     def export(self, folder: str) -> None:
         """Write the actor, or the moving average of its weights if there is one, as a Hugging Face folder (collective;
         process 0 writes)."""
-        hidden = self.recipe.trainer.ema_decay is not None and not self._shows_average
+        hidden = self.recipe.trainer.ema_decay is not None and self._average_shown is None
         with self.actor.averaged_weights() if hidden else contextlib.nullcontext():
             weights = dict(self.actor.named_full_weights())
             if self.info.rank == 0:
@@ -493,10 +493,11 @@ class Worker(WeightMethods):
     def show_average(self, show: bool) -> None:
         """Give the actor the moving average of its weights, or its own again (collective)."""
         if show:
+            self._average_shown = contextlib.ExitStack()
             self._average_shown.enter_context(self.actor.averaged_weights())
         else:
             self._average_shown.close()
-        self._shows_average = show
+            self._average_shown = None
 
     def close(self) -> None:
         for trained in self._trained.values():

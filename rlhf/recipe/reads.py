@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from rlhf.recipe import rules
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import PreferenceLoss, Recipe
 
 Key = tuple[str, ...]
 
-SAMPLING = ("grpo", "ppo", "online_dpo", "rejection")  # methods that learn from rewarded samples
-CLIPPING = ("ppo_clip", "gspo", "gspo_token", "cispo", "gmpo")
 SMOOTHED = ("dpo", "robust", "exo_pair", "aot", "aot_unpaired")
 WITH_MOMENTS = ("adamw", "adam", "rmsprop", "muon")
 
@@ -147,7 +145,9 @@ def _compares(recipe: Recipe) -> bool:
 
 
 def _samples_to_learn(recipe: Recipe) -> bool:
-    return recipe.method in SAMPLING or (recipe.method == "distill" and recipe.distill.on_policy_frac > 0)
+    return recipe.method in rules.SAMPLING or (
+        recipe.method == "distill" and recipe.distill.on_policy_frac > 0
+    )
 
 
 def _discounts(recipe: Recipe) -> bool:
@@ -174,7 +174,7 @@ _POLICY = _where(
     "use method: grpo or ppo",
 )
 _REWARDED_POLICY = _one_of("method", "grpo", "ppo")
-_REWARDED = _one_of("method", *SAMPLING)
+_REWARDED = _one_of("method", *rules.SAMPLING)
 _PPO = _one_of("method", "ppo")
 _REFERENCE = _where(
     ("method", "algorithm.kl_coef", "preference.losses"),
@@ -192,11 +192,11 @@ _TRAINING_SAMPLES = _where(
     ("method", "distill.on_policy_frac"),
     _samples_to_learn,
     "where no sample is learned from",
-    f"use method: {', '.join(SAMPLING)} (evaluation has settings of its own)",
+    f"use method: {', '.join(rules.SAMPLING)} (evaluation has settings of its own)",
 )
 _SCORES = _where(
     ("method", "evaluation.sets"),
-    lambda recipe: recipe.method in SAMPLING or bool(recipe.evaluation.sets),
+    lambda recipe: recipe.method in rules.SAMPLING or bool(recipe.evaluation.sets),
     "where no response is scored",
     "add evaluation.sets or use a method that samples",
 )
@@ -209,20 +209,7 @@ _EVALUATED = _where(
 )
 _PAIR_LOSSES = _one_of("method", "dpo", "online_dpo")
 _WITH_BETA = _one_of(
-    "preference.losses",
-    *(
-        "dpo",
-        "robust",
-        "ipo",
-        "hinge",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "apo_zero",
-        "apo_down",
-    ),
-    *("aot", "aot_unpaired", "discopop", "sigmoid_norm", "simpo", "cpo"),
+    "preference.losses", *(name for name in get_args(PreferenceLoss) if name not in rules.WITHOUT_BETA)
 )
 _DISTILL = _one_of("method", "distill")
 _OF_DISTRIBUTIONS = _one_of("distill.divergence", "forward_kl", "reverse_kl", "jsd")
@@ -264,7 +251,7 @@ _TABLE: dict[str, tuple[Need, ...]] = {
     # policy gradients
     **_of("algorithm", "advantage", _one_of("method", "grpo")),
     **_of("algorithm", "objective aggregation entropy_coef correction ptx_coef", _POLICY),
-    **_of("algorithm", "clip_low clip_high", _POLICY, _one_of("algorithm.objective", *CLIPPING)),
+    **_of("algorithm", "clip_low clip_high", _POLICY, _one_of("algorithm.objective", *rules.CLIPS)),
     **_of("algorithm", "dual_clip", _POLICY, _one_of("algorithm.objective", "ppo_clip")),
     **_of("algorithm", "sapo_tau_pos sapo_tau_neg", _POLICY, _one_of("algorithm.objective", "sapo")),
     **_of("algorithm", "correction_cap", _POLICY, _one_of("algorithm.correction", "tis", "sequence_tis")),

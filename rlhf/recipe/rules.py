@@ -39,6 +39,7 @@ PER_TOKEN = frozenset(
 OF_THE_GAP = frozenset(
     {"dpo", "robust", "hinge", "exo_pair", "discopop"}
 )  # of score_w - score_l alone: f-divergences
+SAMPLING = ("grpo", "ppo", "online_dpo", "rejection")  # methods that learn from rewarded samples
 OF_A_RESPONSE = ("gspo", "gmpo")  # objectives with one ratio, and so one advantage, for a whole response
 WITHOUT_BETA = frozenset({"orpo", "sft"})
 # What clips (below, above) and corrections (low, high) are where a recipe leaves them open. Papers: rlhf.objectives, and
@@ -344,7 +345,7 @@ def _answer_columns(r: Recipe, data: DatasetConfig) -> Iterator[Inconsistency]:
 def _curriculum(r: Recipe) -> Iterator[Inconsistency]:
     if r.curriculum is None:
         return
-    if r.method not in ("grpo", "ppo", "online_dpo", "rejection"):
+    if r.method not in SAMPLING:
         message = f"{r.method} samples no responses to the data's prompts, so that there are no pass rates; leave it out"
         yield ("curriculum", "method"), message
     if r.curriculum.low > r.curriculum.high:

@@ -21,6 +21,26 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 Role = Literal["actor", "critic", "reference", "reward", "judge", "rollout", "teacher"]
+PreferenceLoss = Literal[
+    "dpo",
+    "robust",
+    "ipo",
+    "hinge",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "aot",
+    "aot_unpaired",
+    "discopop",
+    "sigmoid_norm",
+    "simpo",
+    "cpo",
+    "orpo",
+    "sft",
+]
 Method = Literal["sft", "rm", "prm", "ppo", "grpo", "dpo", "kto", "online_dpo", "rejection", "distill"]
 
 
@@ -420,29 +440,9 @@ class PtxConfig(Section):
 class PreferenceConfig(Section):
     """dpo and online_dpo."""
 
-    losses: dict[
-        Literal[
-            "dpo",
-            "robust",
-            "ipo",
-            "hinge",
-            "exo_pair",
-            "nca_pair",
-            "bco_pair",
-            "sppo_hard",
-            "apo_zero",
-            "apo_down",
-            "aot",
-            "aot_unpaired",
-            "discopop",
-            "sigmoid_norm",
-            "simpo",
-            "cpo",
-            "orpo",
-            "sft",
-        ],
-        Annotated[float, Field(allow_inf_nan=False)],
-    ] = Field(default_factory=lambda: {"dpo": 1.0}, min_length=1)
+    losses: dict[PreferenceLoss, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=lambda: {"dpo": 1.0}, min_length=1
+    )
     """Losses by name and their weights; the weighted sum is the loss."""
     beta: PositiveFloat | None = None
     """Strength of the pull towards the reference; default 0.1 (simpo, where it is a scale of its own: 2)."""

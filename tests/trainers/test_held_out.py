@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from rlhf import batching
 from rlhf.batching import LabelExample, SftExample, StepExample
 from rlhf.data.rows import Dataset
-from rlhf.trainers import held_out
 from rlhf.trainers.held_out import evaluate_rows
 from tests.trainers.fake_roles import FakeActor, fake_stage
 
@@ -20,7 +20,7 @@ def rows(*items) -> Dataset:
 
 def test_loss_of_answers_is_the_mean_over_learned_tokens(tmp_path, monkeypatch):
     """Would catch: a mean of means, prompts or a user's turns in the loss, the tokens of the last batch alone."""
-    monkeypatch.setattr(held_out, "_ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(batching, "_ROWS_AT_ONCE", 1)
     held = rows(
         SftExample("a", (1, 1), (2, 3, 4)), SftExample("b", (1,), (5, 6), response_mask=(False, True))
     )
