@@ -34,7 +34,7 @@ import transformers
 
 from benchmarks.running import machine
 from rlhf.data import load_prompts, rows_from
-from rlhf.models.linear import prepare_linears
+from rlhf.models.swap import swap_modules
 from rlhf.recipe.load import load_plan
 from rlhf.rng import generator, key
 from rlhf.rollout import Engine, EngineConfig, Request, SamplingParams
@@ -115,7 +115,7 @@ def prepared_copy(stock: torch.nn.Module) -> torch.nn.Module:
     """The same weights as the engine runs them."""
     prepared = copy.deepcopy(stock)
     prepared.set_attn_implementation("rlhf")
-    prepare_linears(prepared)
+    swap_modules(prepared)
     return prepared
 
 

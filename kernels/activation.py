@@ -1,9 +1,10 @@
-"""SiLU and tanh-GELU whose values do not depend on where in a tensor an element lies.
+"""SiLU, tanh-GELU and SwiGLU whose values do not depend on where in a tensor an element lies.
 
 torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a
 row's result depends on how many rows there are. Here they are composed of operations that do not (exp and
 tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
-remainder, and on CUDA, the fused kernels run. The backward is always the fused one.
+remainder, and on CUDA, the fused kernels run. The backward is always the fused one. SwiGLU has a form in C++,
+activation.cpp, which keeps nothing but its two inputs for the backward.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from rlhf.kernels import native
+from rlhf.kernels.threads import serial, worth
 
 _VECTOR = 64  # elements that a fused kernel takes in one turn of its loop, at most
 
@@ -29,6 +33,54 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     if _has_no_remainder(x):
         return F.gelu(x, approximate="tanh")
     return _GeluTanh.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gelu_tanh(x)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
+    is_native = native.serves("activation", gate.shape[-1], gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up) if is_native else silu(gate) * up
+    if is_native:
+        return _swiglu_native(gate, up)
+    hidden = silu(gate)
+    with serial(hidden.numel()):
+        return hidden.mul_(up)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., I) as (rows, I), each row together in memory."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    g, u = _rows(gate), _rows(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    run = native.function("activation", "swiglu_forward", "pppiiiiii")
+    run(*(t.data_ptr() for t in (g, u, out)), *_layout(g, u))
+    return out
+
+
+def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
+    """What activation.cpp wants to know of two tables of rows."""
+    is_bf16 = gate.dtype == torch.bfloat16
+    return *gate.shape, gate.stride(0), up.stride(0), is_bf16, worth(gate.numel())
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _swiglu_native(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        g, u, grad = _rows(gate), _rows(up), grad.contiguous()
+        to_gate, to_up = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+        run = native.function("activation", "swiglu_backward", "pppppiiiiii")
+        run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))
+        return to_gate, to_up
 
 
 def _has_no_remainder(x: torch.Tensor) -> bool:

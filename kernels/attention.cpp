@@ -7,44 +7,15 @@
 // position modulo 16, the values' in two chains by its parity. The backward makes the probabilities again, and adds up
 // the gradients of a key in the order of the queries.
 
-#include <cstdint>
-#include <cstring>
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+#include "lanes.h"
 
 namespace {
 
-constexpr int kBlock = 16;  // positions, and lanes
-
-inline Lanes load(const float* from) {
-  Lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline Lanes load(const Bf16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Lanes x;
-  std::memcpy(&x, &words, sizeof x);
-  return x;
-}
-
-inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
-
-inline Lanes spread(float x) { return Lanes{} + x; }
+constexpr int kBlock = kLanes;  // positions
 
 // Lane i of the result is the sum of all lanes of rows[i], added up as a tree.
 inline Lanes sums_of(const Lanes* rows) {
@@ -64,38 +35,6 @@ inline Lanes sums_of(const Lanes* rows) {
   const Ints even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
   const Ints odd = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
   return __builtin_shuffle(c[0], c[1], even) + __builtin_shuffle(c[0], c[1], odd);
-}
-
-// The sum of all lanes, added up as a tree.
-inline float total_of(Lanes x) {
-  for (int half = kBlock / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
-  return x[0];
-}
-
-// e^x for x <= 0, to 1 ulp or two; 0 below -87.
-inline Lanes exp_of(Lanes x) {
-  const Lanes magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Ints small = x < -87.0f;
-  x = small ? spread(-87.0f) : x;
-  const Lanes shifted = x * 1.44269504f + magic;
-  const Lanes n = shifted - magic;
-  Lanes r = x - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  Lanes p = spread(1.98756915e-4f);
-  p = p * r + 1.39819995e-3f;
-  p = p * r + 8.33345205e-3f;
-  p = p * r + 4.16657962e-2f;
-  p = p * r + 1.66666657e-1f;
-  p = p * r + 5.00000000e-1f;
-  p = p * r * r + r + 1.0f;
-  Ints bits, power;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  power = (bits + (127 - 0x4B400000)) << 23;
-  Lanes scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  const Lanes value = p * scale;
-  return small ? Lanes{} : value;
 }
 
 // Where the keys and values of one sequence and one head lie, position by position.
@@ -271,6 +210,31 @@ int64_t row_of(const AttentionCall& c, int64_t n, int64_t p) {
   return p < prefix ? c.prefix_starts[n] + p : c.starts[n] + p - prefix;
 }
 
+// Calls `run` with each page of a sequence: where its part of one head begins, and its first position and the one after its
+// last.
+template <typename Function>
+void each_page(const AttentionCall& c, int64_t n, int64_t head, Function run) {
+  const int64_t* pages = c.page_table + n * c.table_width;
+  for (int64_t page = 0; page * c.page_tokens < c.context_lens[n]; ++page) {
+    const int64_t begin = page * c.page_tokens;
+    run((pages[page] * c.heads + head) * c.page_tokens * c.dim, begin,
+        std::min(c.context_lens[n], begin + c.page_tokens));
+  }
+}
+
+// Asks for the keys and values of one sequence and head, so that they are near when their turn comes: pages lie anywhere.
+template <typename T>
+void fetch(const AttentionCall& c, int64_t n, int64_t head) {
+  constexpr int64_t kLine = 64 / sizeof(T), kMost = 4096;  // of a page: what follows is found by the machine itself
+  const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
+  each_page(c, n, head, [&](int64_t at, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < std::min((end - begin) * c.dim, kMost); i += kLine) {
+      __builtin_prefetch(k + at + i);
+      __builtin_prefetch(v + at + i);
+    }
+  });
+}
+
 // Addresses of a sequence's positions under one head; made once for all its queries.
 template <typename T>
 struct Addresses {
@@ -281,15 +245,12 @@ struct Addresses {
     const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
     const int64_t length = c.context_lens[n];
     if (c.page_table) {
-      const int64_t* pages = c.page_table + n * c.table_width;
-      for (int64_t page = 0; page * c.page_tokens < length; ++page) {
-        const int64_t begin = page * c.page_tokens, end = std::min(length, begin + c.page_tokens);
-        const int64_t at = (pages[page] * c.heads + head) * c.page_tokens * c.dim;
+      each_page(c, n, head, [&](int64_t at, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           keys[p] = k + at + (p - begin) * c.dim;
           values[p] = v + at + (p - begin) * c.dim;
         }
-      }
+      });
     } else {
       for (int64_t p = 0; p < length; ++p) {
         keys[p] = k + row_of(c, n, p) * c.k_token + head * c.dim;
@@ -327,6 +288,7 @@ int attend(const AttentionCall& c, Function row) {
     for (int64_t item = 0; item < work; ++item) {
       const Piece& piece = pieces[item / c.heads];
       const int64_t head = item % c.heads, n = piece.sequence;
+      if (c.page_table && item + 1 < work) fetch<T>(c, pieces[(item + 1) / c.heads].sequence, (item + 1) % c.heads);
       const Sequence<T> s = addresses.of(c, n, head);
       for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
         const int64_t token = c.starts[n] + i;
@@ -385,5 +347,13 @@ int attention_backward(const AttentionCall* c) {
     }
   }
   return 0;
+}
+
+// Rows of `bytes` bytes: token t, head h from t * from_token + h * bytes to row rows[t * heads + h].
+void write_rows(const char* from, const int64_t* rows, char* to, int64_t tokens, int64_t heads, int64_t from_token,
+                int64_t bytes) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < heads; ++h)
+      std::memcpy(to + rows[t * heads + h] * bytes, from + t * from_token + h * bytes, bytes);
 }
 }

@@ -131,6 +131,11 @@ class Plan:
                 raise ValueError("a context longer than its queries needs a page_table or prefix_starts")
         elif page_tokens is None or page_tokens % KEY_STEP:
             raise ValueError(f"page_tokens={page_tokens} must be a multiple of {KEY_STEP}")
+        elif self.context_lens.max(initial=0) > self.page_table.shape[1] * page_tokens:
+            raise ValueError(
+                f"a context of {self.context_lens.max()} positions does not fit the page_table of "
+                f"{self.page_table.shape[1]} pages of {page_tokens} tokens"
+            )
 
     def layout(
         self, num_kv_heads: int, group: int, window: int | None, token_rows: int | None = None
@@ -365,8 +370,11 @@ def write_rows(
     k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
 ) -> None:
     """`write_kv` with rows from `kv_rows`."""
-    k_pages.view(-1, k.shape[-1]).index_copy_(0, rows, _rows(k))
-    v_pages.view(-1, v.shape[-1]).index_copy_(0, rows, _rows(v))
+    for pages, x in ((k_pages, k), (v_pages, v)):
+        if x.device.type == "cpu" and native.library("attention") is not None:
+            _write_native(pages, x, rows)
+        else:
+            pages.view(-1, x.shape[-1]).index_copy_(0, rows, _rows(x))
 
 
 def paged_attention(
@@ -526,12 +534,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-def form(device: torch.device | str) -> str:
-    """ "C++" or "torch": what serves plain attention of models on this device, for people and to compare machines."""
-    on_cpu = torch.device(device).type == "cpu"
-    return "C++" if on_cpu and native.library("attention") is not None else "torch"
-
-
 def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
     """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, heads of a size that it has, no soft cap."""
     return (
@@ -597,6 +599,14 @@ def _attend_native(
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
     return out.to(q.dtype)
+
+
+def _write_native(pages: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
+    x, size = _heads_together(x.to(pages.dtype)), pages.element_size()
+    tokens, heads, dim = x.shape
+    write = native.function("attention", "write_rows", "pppiiii")
+    places = x.data_ptr(), rows.data_ptr(), pages.data_ptr()
+    write(*places, tokens, heads, x.stride(0) * size, dim * size)
 
 
 def _gradients_native(

@@ -1,8 +1,9 @@
 """C++ forms of operations, compiled on the machine at hand.
 
 Here: `library`, which compiles a source of this folder with the C++ compiler that is there, once for each source,
-compiler and CPU, and loads it. Without a compiler, or where RLHF_NATIVE=0, there is none and the torch operations run.
-Not here: what the functions compute; each lies beside the operation that calls it.
+compiler and CPU, and loads it; `function`, one of its functions; `serves`, which tensors the functions over rows take;
+`form`, what the models of this machine get. Without a compiler, or where RLHF_NATIVE=0, there is none and the torch operations run. Not here: what the functions
+compute; each lies beside the operation that calls it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("g++", "c++")  # the sources use GCC's vector extensions
 _TIMEOUT_S = 120.0
+_LANES = 16  # numbers that a function over rows takes at once: widths are multiples of it
+_DTYPES = (torch.float32, torch.bfloat16)
+_ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @functools.cache
@@ -38,6 +45,33 @@ def library(name: str) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(built))
 
 
+@functools.cache
+def function(name: str, symbol: str, arguments: str) -> Callable[..., None]:
+    """A function of the library `name`, which there must be; `arguments` has a letter for each: pointer, integer, float."""
+    found = getattr(library(name), symbol)
+    found.argtypes, found.restype = [_ARGUMENTS[letter] for letter in arguments], None
+    return found
+
+
+def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
+    """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in _DTYPES
+        and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+        and width % _LANES == 0
+        and library(name) is not None
+    )
+
+
+def form(device: torch.device | str) -> str:
+    """ "C++" or "torch", or both: what serves models on this device, for people and to compare machines."""
+    on_cpu = torch.device(device).type == "cpu"
+    sources = [path.stem for path in Path(__file__).parent.glob("*.cpp")]
+    forms = {"C++" if on_cpu and library(name) is not None else "torch" for name in sources}
+    return " and ".join(sorted(forms))
+
+
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlhf" / "native"
@@ -46,7 +80,8 @@ def _cache_folder() -> Path:
 def _fingerprint(source: Path, compiler: str) -> str:
     """Of what the machine code depends on: a home folder may be shared by different machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (source.read_text(), " ".join(_FLAGS), version, platform.machine(), _cpu())
+    headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
+    parts = (source.read_text(), *headers, " ".join(_FLAGS), version, platform.machine(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

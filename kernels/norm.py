@@ -1,8 +1,9 @@
-"""RMSNorm with fewer passes over memory than transformers' modules take, and the same bits.
+"""RMSNorm with fewer passes over memory than transformers' modules take.
 
 Here: the variant of Llama and most models after it (normalise in fp32, round, multiply by the weight), with a
-backward of its own. A row depends on itself only. Not here: which modules are replaced (`rlhf.models.linear`).
-The same torch operations serve CPU and CUDA.
+backward of its own. A row depends on itself only. On a CPU with a C++ compiler norm.cpp runs; else, and on CUDA, the
+torch operations, which give the stock module's bits (the C++ form adds the squares up in another order). Not here: which
+modules are replaced (`rlhf.models.swap`).
 """
 
 from __future__ import annotations
@@ -11,23 +12,93 @@ from typing import Any
 
 import torch
 
-from rlhf.kernels.threads import serial
+from rlhf.kernels import native
+from rlhf.kernels.threads import serial, worth
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis: x (..., H), weight (H,) -> (..., H),
     differentiable in both. The mean is taken in fp32 (fp64 for fp64). Zhang & Sennrich 2019, arXiv 1910.07467.
+    Without gradient x may be (N, heads, H) with heads beside others in memory and weight (heads, H).
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps)
-    return _forward(x, weight, eps)[0]
+    return _forward(x, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (N, H) += change (N, H), and `rms_norm` of the sum, in its bits. No gradient; x lies together in memory."""
+    if _is_native(x, weight) and change.dtype == x.dtype:
+        return _native(x, weight, eps, change=change.contiguous())
+    with serial(x.numel()):
+        x += change
+    return _forward(x, weight, eps)
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _native(x, weight, eps) if _is_native(x, weight) else _torch(x, weight, eps)[0]
+
+
+# -- the native form ---------------------------------------------------------------------------------------------
+
+
+def _is_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return native.serves("norm", x.shape[-1], x, weight)
+
+
+def _native(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
+) -> torch.Tensor:
+    width = x.shape[-1]
+    if x.dim() != 3 or x.stride()[1:] != (width, 1):
+        x = x.contiguous()
+    tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    run = native.function("norm", "rms_norm_forward", "ppppiiiiifii")
+    run(
+        x.data_ptr(),
+        weight.contiguous().data_ptr(),
+        None if change is None else change.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        heads,
+        width,
+        x.stride(0) if x.dim() == 3 else width,
+        width if weight.dim() == 2 else 0,
+        eps,
+        x.dtype == torch.bfloat16,
+        worth(x.numel()),
+    )
+    return out
+
+
+def _native_gradients(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    width = x.shape[-1]
+    x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
+    dw = torch.zeros(width) if needs[1] else None
+    run = native.function("norm", "rms_norm_backward", "pppppiifii")
+    run(
+        *(None if t is None else t.data_ptr() for t in (x, weight, grad, dx, dw)),
+        x.numel() // width,
+        width,
+        eps,
+        x.dtype == torch.bfloat16,
+        worth(x.numel()),
+    )
+    return dx, None if dw is None else dw.to(weight.dtype)
+
+
+# -- the torch form ----------------------------------------------------------------------------------------------
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / sqrt(mean(x^2) + eps) of each row."""
     with serial(x.numel()):
         wide = _wide(x)
@@ -37,23 +108,35 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
         return (normal.mul_(weight) if weight.dtype == x.dtype else normal * weight), scale
 
 
+def _torch_gradients(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    # n = x s;  dw = sum g n;  dx = s (g w - n mean(g w n))
+    normal, wide = _wide(x) * scale, _wide(grad)
+    grad_x = grad_weight = None
+    per_weight = wide * normal
+    if needs[1]:
+        grad_weight = per_weight.flatten(0, -2).sum(0).to(weight.dtype)
+    if needs[0]:
+        mean = per_weight.mul_(weight).mean(-1, keepdim=True)
+        grad_x = (wide * weight).sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
+    return grad_x, grad_weight
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out, scale = _forward(x, weight, eps)
+        ctx.eps = eps
+        if _is_native(x, weight):
+            ctx.save_for_backward(x, weight)
+            return _native(x, weight, eps)
+        out, scale = _torch(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # n = x s;  dw = sum g n;  dx = s (g w - n mean(g w n))
-        x, weight, scale = ctx.saved_tensors
-        normal, wide = _wide(x) * scale, _wide(grad)
-        grad_x = grad_weight = None
-        per_weight = wide * normal
-        if ctx.needs_input_grad[1]:
-            grad_weight = per_weight.flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            mean = per_weight.mul_(weight).mean(-1, keepdim=True)
-            grad_x = (wide * weight).sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+        x, weight, *scale = ctx.saved_tensors
+        if scale:
+            return *_torch_gradients(x, weight, *scale, grad, ctx.needs_input_grad), None
+        return *_native_gradients(x, weight, ctx.eps, grad, ctx.needs_input_grad), None

@@ -114,7 +114,8 @@ class RewardProcess:
         ours, theirs = multiprocessing.Pipe()
         with open(self._output, "ab") if self._output else contextlib.nullcontext() as output:
             process = subprocess.Popen(
-                [sys.executable, child.__file__, str(theirs.fileno()), str(os.getpid())],
+                # -u: what a function has printed is there when it dies
+                [sys.executable, "-u", child.__file__, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

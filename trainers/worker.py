@@ -19,7 +19,7 @@ import transformers
 
 from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
-from rlhf.kernels import attention
+from rlhf.kernels import native
 from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
 from rlhf.models.linear import weights_changed
@@ -266,14 +266,14 @@ class Worker(WeightMethods):
     # -- every role ----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Facts: number of parameters, bytes of a checkpoint and of the model, what serves attention and how exact the
+        """Facts: number of parameters, bytes of a checkpoint and of the model, in what form the kernels run and how exact the
         engine is here."""
         models = [t.module for t in self._trained.values()] or [*self._frozen.values()]
         parameters = list((models[0] if models else self.engine.model).parameters())
         sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parameters]
         facts: dict[str, Any] = {
             "device": self.info.device,
-            "attention": attention.form(self.info.device),
+            "kernels": native.form(self.info.device),
             "parameters": sum(sizes),
             "model_bytes": sum(n * p.element_size() for n, p in zip(sizes, parameters, strict=True)),
             "checkpoint_bytes": sum(t.state_bytes for t in self._trained.values()),

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf.kernels.activation import swiglu
 from rlhf.kernels.attention import Plan
 from rlhf.kernels.linear import can_pack, pack, packed_linear
-from rlhf.kernels.norm import rms_norm
-from rlhf.kernels.threads import serial
+from rlhf.kernels.norm import add_rms_norm, rms_norm
+from rlhf.kernels.rotary import rotate_
 from rlhf.models.attention import PackedContext, StepContext, use_context
-from rlhf.models.linear import ACTIVATIONS, FastRMSNorm, InvariantLinear
+from rlhf.models.linear import InvariantLinear
+from rlhf.models.swap import FastRMSNorm, GatedMLP
 from rlhf.models.value_head import NAME as VALUE_HEAD
 
 _TRIAL_TOKENS = (1, 7, 40, 300)  # lengths of the sequences that the two forwards are compared on
@@ -126,14 +128,13 @@ class _Decoder:
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = F.embedding(token_ids, self.embed_tokens.weight)  # (N, H), from here on written in place
-        cos, sin = self.rotary(x[None], positions[None])
-        cos = cos.transpose(0, 1)  # (N, 1, D)
-        swapped_sin = torch.cat(sin.transpose(0, 1).chunk(2, -1)[::-1], -1)
+        cos, sin = (a[0] for a in self.rotary(x[None], positions[None]))  # (N, D)
+        change = None  # what is added to x next, by the norm that reads the sum
         for layer in self.layers:
-            layer(x, cos, swapped_sin, context)
+            change = layer(x, change, cos, sin, context)
         if keep is not None:
-            x = x.index_select(0, keep)
-        return self.head(_normed(x, self.norm))
+            x, change = x.index_select(0, keep), change.index_select(0, keep)
+        return self.head(_normed(x, self.norm, change))
 
 
 class _Layer:
@@ -145,7 +146,7 @@ class _Layer:
         self.norms: tuple[FastRMSNorm, FastRMSNorm] = (layer.input_layernorm, layer.post_attention_layernorm)
         self.qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
-        self.o_proj, self.down_proj, self.activation = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
         self.head_dim: int = attention.head_dim
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
@@ -160,22 +161,24 @@ class _Layer:
             self.head_weights = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
 
     def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, swapped_sin: torch.Tensor, context: StepContext
-    ) -> None:
-        """x (N, H) += attention, += MLP."""
-        heads = self.qkv(_normed(x, self.norms[0])).view(len(x), -1, self.head_dim)
-        rotated = heads[:, : self.heads + self.kv_heads]
+        self,
+        x: torch.Tensor,
+        change: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        context: StepContext,
+    ) -> torch.Tensor:
+        """x (N, H) += change, += attention; returns the MLP's change."""
+        heads = self.qkv(_normed(x, self.norms[0], change)).view(len(x), -1, self.head_dim)
+        both = self.heads + self.kv_heads
+        rotated = heads[:, :both]
         if self.head_norms is not None:
             rotated = rms_norm(rotated, self.head_weights, self.head_norms[0].variance_epsilon)
-        with serial(rotated.numel()):
-            rotated = _rotate(rotated, cos, swapped_sin)
-        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], heads[:, self.heads + self.kv_heads :]
-        _add(x, self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1)))
-        gate, up = self.gate_up(_normed(x, self.norms[1])).chunk(2, -1)
-        gate = self.activation(gate)
-        with serial(gate.numel()):
-            gate.mul_(up)
-        _add(x, self.down_proj(gate))
+        rotate_(rotated, cos, sin)
+        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], heads[:, both:]
+        change = self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1))
+        gate, up = self.gate_up(_normed(x, self.norms[1], change)).chunk(2, -1)
+        return self.down_proj(swiglu(gate, up))
 
 
 class _Joined:
@@ -219,23 +222,11 @@ class _Joined:
         )
 
 
-def _add(x: torch.Tensor, change: torch.Tensor) -> None:
-    with serial(x.numel()):
-        x += change
-
-
-def _normed(x: torch.Tensor, norm: FastRMSNorm) -> torch.Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, swapped_sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of halves: x (N, heads, D), cos and sin (N, 1, D), the halves of sin swapped.
-    (a, b) -> (a cos - b sin, b cos + a sin). Su et al. 2021, arXiv 2104.09864."""
-    half = x.shape[-1] // 2
-    out, crossed = x * cos, x * swapped_sin
-    out[..., :half] -= crossed[..., half:]
-    out[..., half:] += crossed[..., :half]
-    return out
+def _normed(x: torch.Tensor, norm: FastRMSNorm, change: torch.Tensor | None) -> torch.Tensor:
+    """x += change, if there is one, and the norm of x."""
+    if change is None:
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+    return add_rms_norm(x, change, norm.weight, norm.variance_epsilon)
 
 
 # -- which models ------------------------------------------------------------------------------------------------
@@ -264,7 +255,9 @@ def _has_structure(model: nn.Module) -> bool:
     decoder = model.model
     norms = [decoder.norm]
     for layer in decoder.layers:
-        if not _consists_of(layer, _LAYER) or not _consists_of(layer.mlp, _MLP):
+        if not _consists_of(layer, _LAYER):
+            return False
+        if not _consists_of(layer.mlp, _MLP) or type(layer.mlp) is not GatedMLP:
             return False
         attention = layer.self_attn
         if _consists_of(attention, _ATTENTION | _HEAD_NORMS):
@@ -274,8 +267,6 @@ def _has_structure(model: nn.Module) -> bool:
             if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
                 return False
         elif not _consists_of(attention, _ATTENTION):
-            return False
-        if type(layer.mlp.act_fn) not in ACTIVATIONS.values():
             return False
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
     return type(decoder.embed_tokens) is nn.Embedding and all(type(n) is FastRMSNorm for n in norms)

@@ -26,7 +26,7 @@ from rlhf.model_files import local_folder, read_config_json, weight_files
 from rlhf.models import attention
 from rlhf.models.build import build_model, build_tokenizer
 from rlhf.models.head import prepare_head
-from rlhf.models.linear import prepare_linears
+from rlhf.models.swap import swap_modules
 from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
 from rlhf.rng import key
 
@@ -140,7 +140,7 @@ def prepare(
     elif model_config.lora is not None:
         model = _add_lora(model, model_config.lora, seed, task)
     if invariant:
-        prepare_linears(model)
+        swap_modules(model)
     if task == "CAUSAL_LM":
         prepare_head(model)
     if trainable and model_config.gradient_checkpointing:

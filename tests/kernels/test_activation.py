@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.kernels.activation import gelu_tanh, silu
+from rlhf.kernels.activation import gelu_tanh, silu, swiglu
 
 FUNCTIONS = {silu: F.silu, gelu_tanh: lambda x: F.gelu(x, approximate="tanh")}
 
@@ -34,3 +34,53 @@ def test_values_and_gradient(function, stock):
     assert torch.allclose(function(x), stock(x.double()).float(), atol=1e-6)
     wide = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, wide)
+
+
+EXTREMES = [-1e30, -1e4, -100.0, -88.0, -1e-30, 0.0, 1e-30, 100.0, 1e4, 1e30]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [10, 48, 512])
+def test_swiglu_values_and_gradients(width, dtype, form):
+    """Would catch: a wrong derivative, up and gate exchanged, an overflow of e^-x far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    gate, up, grad = (torch.randn((9, width), generator=generator) * 4 for _ in range(3))
+    gate[0, :10] = torch.tensor(EXTREMES)
+    gate, up, grad = (x.to(dtype) for x in (gate, up, grad))
+    wide = [x.double().requires_grad_() for x in (gate, up)]
+    want = F.silu(wide[0]) * wide[1]
+    wanted = torch.autograd.grad(want, wide, grad.double())
+    leaves = [x.clone().requires_grad_() for x in (gate, up)]
+    got = swiglu(*leaves)
+    assert torch.equal(got, swiglu(gate, up))
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float64: 1e-12}[dtype]
+    for a, b in zip((got, *torch.autograd.grad(got, leaves, grad)), (want, *wanted)):
+        assert a.dtype == dtype and torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [10, 48, 512])
+def test_swiglu_row_does_not_depend_on_its_neighbours(width, dtype, form):
+    """Would catch: other bits for gate and up out of one product, for few rows, or on more threads."""
+    generator = torch.Generator().manual_seed(0)
+    together = torch.randn((2000, 2 * width), generator=generator).to(dtype)
+    gate, up = together.chunk(2, -1)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            whole = swiglu(gate.contiguous(), up.contiguous())
+            assert torch.equal(whole, swiglu(gate, up))
+            parts = [swiglu(g, u) for g, u in zip(gate.split(7), up.split(7))]
+            assert torch.equal(whole, torch.cat(parts)), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_swiglu_keeps_what_is_not_finite(bad, form):
+    """Would catch: a NaN that becomes a number and trains on."""
+    gate, up = torch.ones(2, 32), torch.ones(2, 32)
+    gate[0, 3] = up[1, 5] = bad
+    out = swiglu(gate, up)
+    assert not out[0, 3].isfinite() and not out[1, 5].isfinite() and out.isfinite().sum() == 62

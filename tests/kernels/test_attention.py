@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.kernels import attention, native
+from rlhf.kernels import attention
 from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention, write_kv
 
 HEADS = [(4, 4), (6, 2), (5, 1)]
@@ -21,14 +21,7 @@ OPTIONS = [
 LENGTHS = [5, 1, 30, 17, 33, 2, 150]
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def form(request, monkeypatch):
-    """Every promise is of both forms; where there is no compiler there is one."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda name: None)
-    elif native.library("attention") is None:
-        pytest.skip("no C++ compiler")
-    return request.param
+pytestmark = pytest.mark.usefixtures("form")
 
 
 def slow(q, k, v, lengths, scale, window=None, softcap=None, sinks=None):
@@ -258,3 +251,5 @@ def test_impossible_plans_are_refused():
         Plan([1], [2])
     with pytest.raises(ValueError, match="page_tokens=24"):
         Plan([1], [2], page_table=[[0]], page_tokens=24)
+    with pytest.raises(ValueError, match="33 positions does not fit the page_table of 2 pages of 16"):
+        Plan([1, 1], [3, 33], page_table=[[0, 1], [2, 3]], page_tokens=16)

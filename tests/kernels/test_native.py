@@ -52,3 +52,12 @@ def test_a_compiler_that_fails_is_named_once_and_not_fatal(tmp_path):
     found, said = has_library(tmp_path / "cache", PATH=f"{compiler.parent}:/usr/bin:/bin")
     assert not found and not files(tmp_path / "cache")
     assert said.strip() == "rlhf: attention.cpp was not compiled, torch runs instead: cc1plus: no such thing"
+
+
+def test_form_names_what_runs(monkeypatch):
+    """Would catch: machines with and without a compiler, or a GPU, that a run takes for alike."""
+    assert native.form("cuda") == "torch"
+    monkeypatch.setattr(native, "library", lambda name: None)
+    assert native.form("cpu") == "torch"
+    monkeypatch.setattr(native, "library", lambda name: object() if name == "norm" else None)
+    assert native.form("cpu") == "C++ and torch"

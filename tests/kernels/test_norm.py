@@ -1,11 +1,12 @@
-"""RMSNorm: transformers' values, its gradients, and a row's bits at every number of rows."""
+"""RMSNorm: transformers' values, its gradients, and a row's bits at every number of rows, in both forms."""
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf.kernels.norm import rms_norm
+from rlhf.kernels.norm import add_rms_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("form")
 EPS = 1e-3
 
 
@@ -26,11 +27,16 @@ def make(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 5), (33, 4, 48), (9, 192)])
-def test_values_and_gradients_of_the_stock_module(shape, dtype):
+def test_values_and_gradients_of_the_stock_module(shape, dtype, form):
     """Would catch: a forgotten eps, a bf16 rounding at another place, a gradient without its mean term."""
     x, weight = make(shape, dtype)
     norm = stock_norm(weight)
-    assert torch.equal(rms_norm(x, weight, EPS), norm(x).detach())
+    got, want = rms_norm(x, weight, EPS), norm(x).detach()
+    if form == "torch":
+        assert torch.equal(got, want)
+    else:  # squares are added up in another order: now and then that moves a bf16 to its neighbour
+        assert torch.allclose(got, want, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
+        assert (got == want).float().mean() > (0.3 if dtype == torch.float32 else 0.99)
     x.requires_grad_(), weight.requires_grad_()
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), grad)
@@ -63,6 +69,27 @@ def test_row_does_not_depend_on_number_of_rows(width, dtype):
                 assert torch.equal(whole, parts), (threads, rows)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 64, 208])
+def test_addition_before_the_norm_has_the_bits_of_both(width, dtype):
+    """Would catch: an engine that adds and norms in one pass and gets other numbers than the trainer."""
+    x, weight = make((33, width), dtype)
+    change = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    total = x + change
+    got = add_rms_norm(x, change, weight, EPS)
+    assert torch.equal(x, total) and torch.equal(got, rms_norm(total, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_beside_others_with_a_weight_each(dtype):
+    """Would catch: q and k, normed at once where they lie beside v, in other bits than each alone."""
+    x, weight = make((33, 6, 48), dtype)
+    weights = torch.stack([weight * (1 + h) for h in range(4)])
+    together = rms_norm(x[:, :4], weights, EPS)
+    for head in range(4):
+        assert torch.equal(together[:, head], rms_norm(x[:, head].contiguous(), weights[head], EPS))
 
 
 def test_frozen_weight_and_frozen_input():

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import rlhf.models.attention  # noqa: F401  (registers the attention implementation "rlhf")
 from rlhf.batching import SftExample, make_sft_batch, recount
 from rlhf.logprobs import batch_logprobs
-from rlhf.models.linear import prepare_linears
+from rlhf.models.swap import swap_modules
 from rlhf.records import Batch
 
 VOCABULARY = 11
@@ -95,7 +95,7 @@ def models() -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
     stock = Qwen3ForCausalLM(config).eval()
     ours = Qwen3ForCausalLM._from_config(config, attn_implementation="rlhf").eval()
     ours.load_state_dict(stock.state_dict())
-    prepare_linears(ours)
+    swap_modules(ours)
     return stock, ours
 
 

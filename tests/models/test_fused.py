@@ -123,8 +123,8 @@ def test_the_model_is_left_as_it_was(prepared):
 
 def test_where_a_bit_differs_the_model_runs_itself(prepared, pack, monkeypatch):
     """Would catch: a trial that compares a thing with itself."""
-    rotate = fused._rotate
-    monkeypatch.setattr(fused, "_rotate", lambda *args: rotate(*args) * (1 + 1e-6))
+    rotate = fused.rotate_
+    monkeypatch.setattr(fused, "rotate_", lambda *args: rotate(*args).mul_(1 + 1e-6))
     model, sequences = prepared("llama"), pack(LENGTHS)
     forward = StepForward(model)
     assert not forward.is_fused

@@ -35,7 +35,7 @@ CONFIGS = {
 
 def build(name, dtype=torch.float32):
     """(prepared model, stock model with eager attention), the same weights."""
-    from rlhf.models.linear import prepare_linears
+    from rlhf.models.swap import swap_modules
 
     config_name, extra = CONFIGS[name]
     config = getattr(transformers, config_name)(**{**_COMMON, **extra})
@@ -45,7 +45,7 @@ def build(name, dtype=torch.float32):
     ).eval()
     prepared = copy.deepcopy(stock)
     prepared.set_attn_implementation("rlhf")
-    prepare_linears(prepared)
+    swap_modules(prepared)
     return prepared, stock
 
 

@@ -1,0 +1,94 @@
+// Sixteen floats at once, loaded from and stored to fp32 or bf16: what the C++ forms of the operations share.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+namespace {
+
+constexpr int kLanes = 16;
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline Lanes load(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Lanes load(const Bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Lanes x;
+  std::memcpy(&x, &words, sizeof x);
+  return x;
+}
+
+inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+inline void store(Bf16* to, Lanes x) {
+  Words words;
+  std::memcpy(&words, &x, sizeof words);
+  words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
+  words = x != x ? Words{} + 0x7FC0 : words;
+  const Halves halves = __builtin_convertvector(words, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Lanes spread(float x) { return Lanes{} + x; }
+
+// x as a T would hold it.
+template <typename T>
+inline Lanes rounded(Lanes x) {
+  T held[kLanes];
+  store(held, x);
+  return load(held);
+}
+template <>
+inline Lanes rounded<float>(Lanes x) {
+  return x;
+}
+
+// The sum of all lanes, added up as a tree.
+inline float total_of(Lanes x) {
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
+  return x[0];
+}
+
+// e^x for x <= 0, to 1 ulp or two; 0 below -87.
+inline Lanes exp_of(Lanes x) {
+  const Lanes magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Ints small = x < -87.0f;
+  x = small ? spread(-87.0f) : x;
+  const Lanes shifted = x * 1.44269504f + magic;
+  const Lanes n = shifted - magic;
+  Lanes r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  Lanes p = spread(1.98756915e-4f);
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345205e-3f;
+  p = p * r + 4.16657962e-2f;
+  p = p * r + 1.66666657e-1f;
+  p = p * r + 5.00000000e-1f;
+  p = p * r * r + r + 1.0f;
+  Ints bits, power;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  power = (bits + (127 - 0x4B400000)) << 23;
+  Lanes scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  const Lanes value = p * scale;
+  return small ? Lanes{} : value;
+}
+
+}  // namespace

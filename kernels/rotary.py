@@ -1,0 +1,90 @@
+"""Rotary position embedding of halves, one pass over memory.
+
+Here: `rotate`, differentiable, in rotary.cpp on a CPU with a C++ compiler and in torch operations elsewhere. Arithmetic is
+in fp32 (fp64 for fp64) and rounded once. Not here: cos and sin, which are the model's; which models use it
+(`rlhf.models.swap`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf.kernels import native
+from rlhf.kernels.threads import serial, worth
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (N, heads, D), of which each half-pair (a, b) = (x[i], x[i + D/2]) becomes (a cos_i - b sin_i, b cos_(i + D/2) +
+    a sin_(i + D/2)); cos, sin (N, D) -> (N, heads, D), differentiable in x. Su et al. 2021, arXiv 2104.09864."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` in place, without gradient, in its bits; a token's heads lie together, other numbers may lie between tokens."""
+    if native.serves("rotary", x.shape[-1], x, cos, sin):
+        return _native(x, cos, sin, out=x)
+    return x.copy_(_torch(x, cos, sin))
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
+    if not native.serves("rotary", x.shape[-1], x, cos, sin):
+        return _torch(x, cos, sin, transposed=transposed)
+    if x.stride()[1:] != (x.shape[-1], 1):
+        x = x.contiguous()
+    return _native(x, cos, sin, out=torch.empty(x.shape, dtype=x.dtype), transposed=transposed)
+
+
+def _native(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor, transposed: bool = False
+) -> torch.Tensor:
+    tokens, heads, dim = x.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    run = native.function("rotary", "rotary", "ppppiiiiiiii")
+    run(
+        *(t.data_ptr() for t in (x, cos, sin, out)),
+        tokens,
+        heads,
+        dim,
+        x.stride(0),
+        out.stride(0),
+        transposed,
+        x.dtype == torch.bfloat16,
+        worth(x.numel()),
+    )
+    return out
+
+
+def _torch(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with serial(x.numel()):
+        wide, cos, sin = x.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)
+        out = wide * cos
+        if transposed:
+            crossed = wide * sin
+            out[..., :half] += crossed[..., half:]
+            out[..., half:] -= crossed[..., :half]
+        else:
+            crossed = wide * torch.cat([sin[..., half:], sin[..., :half]], -1)
+            out[..., :half] -= crossed[..., half:]
+            out[..., half:] += crossed[..., :half]
+        return out.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _rotate(grad, *ctx.saved_tensors, transposed=True), None, None

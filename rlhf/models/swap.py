@@ -1,0 +1,177 @@
+"""Our forms of a Hugging Face model's modules, put in their places: the trainer and the engine both run them.
+
+Here: swapping the class of every `nn.Linear` and of the activations between them for row-invariant ones, and of norms,
+gated MLPs and rotations that have a form with fewer passes over memory. Names, parameters, state dict, tied embeddings
+and peft do not notice. What a name promises is not believed: a class is swapped where it was tried and computed the same;
+every other stays as it is. Not here: the arithmetic (`rlhf.kernels`), attention (`rlhf.models.attention`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from rlhf.kernels.activation import gelu_tanh, silu, swiglu
+from rlhf.kernels.linear import PackedWeight
+from rlhf.kernels.norm import rms_norm
+from rlhf.kernels.rotary import rotate
+from rlhf.models.linear import InvariantLinear
+
+_ROTATION = "apply_rotary_pos_emb"  # transformers' name, in each model's file
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class InvariantSilu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return silu(x)
+
+
+class InvariantGeluTanh(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu_tanh(x)
+
+
+class FastRMSNorm(nn.Module):
+    """Llama's RMSNorm. Made by `swap_modules` from a module that computes the same."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+class GatedMLP(nn.Module):
+    """Llama's MLP with SiLU. Made by `swap_modules` from a module that computes the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh: InvariantGeluTanh}
+
+
+def swap_modules(model: nn.Module) -> int:
+    """Put our forms in their places; returns the number of linears. Call it after adapters are added: subclasses of
+    `nn.Linear` have a forward of their own and stay as they are."""
+    count = 0
+    tried: dict[type, type] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in tried:
+            tried[kind] = _ours(module)
+        module.__class__ = tried[kind]
+        if kind is nn.Linear:
+            module._packed = PackedWeight()
+        count += isinstance(module, InvariantLinear)
+    return count
+
+
+def _ours(module: nn.Module) -> type:
+    """The class to swap a module's for, its own where there is none."""
+    kind = type(module)
+    if kind.__module__ == __name__:
+        return kind
+    if kind is nn.Linear:
+        return InvariantLinear
+    if kind in ACTIVATIONS:
+        return ACTIVATIONS[kind]
+    if kind.__name__.endswith("RMSNorm") and _is_rms_norm(module):
+        return FastRMSNorm
+    if _is_gated_mlp(module):
+        return GatedMLP
+    return _with_our_rotation(kind)
+
+
+def _is_rms_norm(norm: nn.Module) -> bool:
+    """Whether a module computes what `rms_norm` does, to fp32 rounding (Gemma's multiplies by 1 + weight)."""
+    if set(norm._parameters) != {"weight"} or not isinstance(norm.__dict__.get("variance_epsilon"), float):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    size = (norm.weight.numel(),)
+    weight, x = torch.randn(size, generator=generator), torch.randn((3, *size), generator=generator) * 0.01
+    with torch.no_grad():
+        stock = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    return _same(rms_norm(x, weight, norm.variance_epsilon), stock)
+
+
+def _is_gated_mlp(mlp: nn.Module) -> bool:
+    """Whether a module's forward is `GatedMLP`'s: asked of one with small linears of its own."""
+    if (
+        set(mlp._modules) != _GATED
+        or mlp._parameters
+        or ACTIVATIONS.get(type(mlp.act_fn)) is not InvariantSilu
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    stand_in = type(mlp).__new__(type(mlp))
+    stand_in.__dict__.update({k: v for k, v in mlp.__dict__.items() if k != "_modules"}, _modules={})
+    for name, (inputs, outputs) in {"gate_proj": (4, 8), "up_proj": (4, 8), "down_proj": (8, 4)}.items():
+        linear = nn.Linear(inputs, outputs, bias=False, device="cpu", dtype=torch.float32)
+        linear.weight.data = torch.randn((outputs, inputs), generator=generator)
+        stand_in._modules[name] = linear
+    stand_in._modules["act_fn"] = mlp.act_fn
+    x = torch.randn((3, 4), generator=generator)
+    try:
+        with torch.no_grad():
+            return _same(GatedMLP.forward(stand_in, x), stand_in.forward(x))
+    except (AttributeError, TypeError, RuntimeError):  # it wants more than a gated MLP has
+        return False
+
+
+@functools.cache
+def _with_our_rotation(kind: type) -> type:
+    """The class with a forward that calls `rotate` where it called its file's rotation; itself where it calls none, or one
+    that computes something else."""
+    forward = kind.__dict__.get("forward")
+    if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
+        return kind
+    stock = forward.__globals__.get(_ROTATION)
+    if stock is None or not _is_rotation(stock):
+        return kind
+    names = forward.__globals__ | {_ROTATION: _rotation(stock)}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": ours, "__module__": __name__, "__doc__": kind.__doc__})
+
+
+def _rotation(stock: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def rotation(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (B, Hq, T, D), k (B, Hkv, T, D), cos and sin (B or 1, T, D) -> q and k rotated."""
+        if rest or named or cos.shape[-1] != q.shape[-1]:  # other layouts, or a part of each head
+            return stock(q, k, cos, sin, *rest, **named)
+        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+    return rotation
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    batch, heads, length, dim = x.shape
+    tokens = x.transpose(1, 2).reshape(batch * length, heads, dim)
+    cos, sin = (a.expand(batch, -1, -1).reshape(batch * length, dim) for a in (cos, sin))
+    return rotate(tokens, cos, sin).view(batch, length, heads, dim).transpose(1, 2)
+
+
+def _is_rotation(stock: Callable[..., Any]) -> bool:
+    """Whether a model's rotation is that of halves, on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn((2, heads, 5, 16), generator=generator) for heads in (3, 1))
+    cos, sin = (torch.randn((2, 5, 16), generator=generator) for _ in range(2))
+    try:
+        found = stock(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):  # it wants other arguments
+        return False
+    wanted = _rotation(stock)(q, k, cos, sin)
+    return isinstance(found, tuple) and len(found) == 2 and all(map(_same, wanted, found))
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-6)
