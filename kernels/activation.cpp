@@ -1,5 +1,5 @@
-// SwiGLU: the native form of kernels/activation.py on a CPU. Arithmetic is in fp32; an element depends on its own gate and
-// up only. Widths are multiples of 16.
+// SwiGLU: the native form of kernels/activation.py on a CPU. Arithmetic is in fp32; an element depends on its own gate
+// and up only. Widths are multiples of 16.
 
 #include <cstdint>
 
@@ -45,8 +45,8 @@ extern "C" {
 void swiglu_forward(const void* gate, const void* up, void* out, int64_t rows, int64_t width, int64_t gate_row,
                     int64_t up_row, int64_t is_bf16, int64_t threads) {
   if (is_bf16)
-    forward(static_cast<const Bf16*>(gate), static_cast<const Bf16*>(up), static_cast<Bf16*>(out), rows, width, gate_row,
-            up_row, threads);
+    forward(static_cast<const Bf16*>(gate), static_cast<const Bf16*>(up), static_cast<Bf16*>(out), rows, width,
+            gate_row, up_row, threads);
   else
     forward(static_cast<const float*>(gate), static_cast<const float*>(up), static_cast<float*>(out), rows, width,
             gate_row, up_row, threads);

@@ -1,11 +1,11 @@
-// Causal attention of single query rows to their keys: the native form of kernels/attention.py on a CPU. Arithmetic is in
-// fp32; keys and values may be bf16.
+// Causal attention of single query rows to their keys: the native form of kernels/attention.py on a CPU. Arithmetic is
+// in fp32; keys and values may be bf16.
 //
 // A row's result is a function of its own q and of the k and v at its own positions, bit for bit: every row runs the
 // same instructions over the same absolute blocks of 16 positions, whatever else is in the call and on however many
-// threads. Masked positions have probability 0. Sums over keys: the probabilities' in 16 lanes by
-// position modulo 16, the values' in two chains by its parity. The backward makes the probabilities again, and adds up
-// the gradients of a key in the order of the queries.
+// threads; rows that are worked on together share loads, not sums. Masked positions have probability 0. Sums over keys:
+// the probabilities' in 16 lanes by position modulo 16, the values' in two chains by its parity. The backward makes the
+// probabilities again, and adds up the gradients of a key in the order of the queries.
 
 #include <algorithm>
 #include <limits>
@@ -15,7 +15,9 @@
 
 namespace {
 
-constexpr int kBlock = kLanes;  // positions
+constexpr int kBlock = kLanes;         // positions
+constexpr int kMostRows = 256;         // worked on together
+constexpr int kMostNumbers = 1 << 16;  // of a table, unless few rows have more
 
 // Lane i of the result is the sum of all lanes of rows[i], added up as a tree.
 inline Lanes sums_of(const Lanes* rows) {
@@ -26,12 +28,10 @@ inline Lanes sums_of(const Lanes* rows) {
     a[i] = __builtin_shuffle(rows[i], rows[i + 8], low8) + __builtin_shuffle(rows[i], rows[i + 8], high8);
   const Ints low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
   const Ints high4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-  for (int i = 0; i < 4; ++i)
-    b[i] = __builtin_shuffle(a[i], a[i + 4], low4) + __builtin_shuffle(a[i], a[i + 4], high4);
+  for (int i = 0; i < 4; ++i) b[i] = __builtin_shuffle(a[i], a[i + 4], low4) + __builtin_shuffle(a[i], a[i + 4], high4);
   const Ints low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
   const Ints high2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-  for (int i = 0; i < 2; ++i)
-    c[i] = __builtin_shuffle(b[i], b[i + 2], low2) + __builtin_shuffle(b[i], b[i + 2], high2);
+  for (int i = 0; i < 2; ++i) c[i] = __builtin_shuffle(b[i], b[i + 2], low2) + __builtin_shuffle(b[i], b[i + 2], high2);
   const Ints even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
   const Ints odd = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
   return __builtin_shuffle(c[0], c[1], even) + __builtin_shuffle(c[0], c[1], odd);
@@ -50,14 +50,65 @@ struct Range {
   Range(int64_t first, int64_t at) : first(first), at(at), from(first / kBlock), to(at / kBlock + 1) {}
   int64_t last(int64_t block) const { return std::min(at, block * kBlock + kBlock - 1); }
   int64_t low(int64_t block) const { return std::max(first, block * kBlock); }
+  // Of a block's lanes, those of positions that are seen.
+  Ints seen(int64_t block) const {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int64_t begin = block * kBlock;
+    return (lane >= static_cast<int32_t>(low(block) - begin)) & (lane <= static_cast<int32_t>(last(block) - begin));
+  }
 };
+
+// A query row; the last three are the backward's.
+struct Row {
+  Range range;
+  const float* query;
+  const float* sink;  // or null
+  float* out;
+  const float* grad;
+  float* dq;
+  float* dsink;  // or null
+};
+
+// Rows of one head that are worked on together, later ones further on in their sequence. None's numbers depend on the
+// others.
+typedef std::vector<Row> Rows;
+
+// A number for each row and each position of the blocks that the rows see.
+struct Table {
+  std::vector<float> numbers;
+  int64_t from = 0, width = 0;
+
+  void fit(const Rows& rows) {
+    from = rows.front().range.from;
+    width = (rows.back().range.to - from) * kBlock;
+    const size_t size = rows.size() * width;
+    if (numbers.size() < size) numbers.resize(size);
+  }
+  float* of(int64_t row) { return numbers.data() + row * width - from * kBlock; }  // [position]
+};
+
+struct Work {
+  Rows rows;
+  Table probs, slopes;
+};
+
+// Calls `run` with each block, and the first row that sees it and the one after the last.
+template <typename Function>
+inline void each_block(const Rows& rows, Function run) {
+  size_t first = 0, end = 0;
+  for (int64_t block = rows.front().range.from; block < rows.back().range.to; ++block) {
+    while (end < rows.size() && rows[end].range.from <= block) ++end;
+    while (rows[first].range.to <= block) ++first;
+    run(block, first, end);
+  }
+}
 
 // Products of x with the rows of a block's positions; what lies beyond [low, last] repeats its nearest row.
 template <typename T, int kVectors>
-inline Lanes products(const Lanes* x, const T* const* rows, int64_t begin, int64_t low, int64_t last) {
+inline Lanes products(const Lanes* x, const T* const* at, int64_t begin, int64_t low, int64_t last) {
   Lanes of_row[kBlock];
   for (int i = 0; i < kBlock; ++i) {
-    const T* row = rows[std::clamp(begin + i, low, last)];
+    const T* row = at[std::clamp(begin + i, low, last)];
     Lanes product = x[0] * load(row);
     for (int d = 1; d < kVectors; ++d) product = product + x[d] * load(row + d * kBlock);
     of_row[i] = product;
@@ -65,109 +116,243 @@ inline Lanes products(const Lanes* x, const T* const* rows, int64_t begin, int64
   return sums_of(of_row);
 }
 
-// Unnormalised probabilities of the positions of a range, and what they add up to, the sink's share included.
+// Exchanges lane i | kStep of rows[i] with lane i of rows[i | kStep], and so for all.
+template <int kStep>
+inline void exchange(Lanes* rows) {
+  Ints low, high;
+  for (int i = 0; i < kBlock; ++i) {
+    low[i] = i & kStep ? kBlock + i - kStep : i;
+    high[i] = i & kStep ? kBlock + i : i + kStep;
+  }
+  for (int i = 0; i < kBlock; ++i)
+    if (!(i & kStep)) {
+      const Lanes a = rows[i], b = rows[i + kStep];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + kStep] = __builtin_shuffle(a, b, high);
+    }
+}
+
+// columns[d], lane i: number d of the row of position begin + i.
 template <typename T, int kVectors>
-float probabilities(const float* query, const Sequence<T>& s, const Range& range, float scale, const float* sink,
-                    float* probs, float* sink_prob) {
-  Lanes q[kVectors];
-  for (int d = 0; d < kVectors; ++d) q[d] = load(query + d * kBlock);
-  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline void columns_of(const T* const* at, int64_t begin, int64_t low, int64_t last, Lanes* columns) {
+  for (int d = 0; d < kVectors; ++d) {
+    Lanes* rows = columns + d * kBlock;
+    for (int i = 0; i < kBlock; ++i) rows[i] = load(at[std::clamp(begin + i, low, last)] + d * kBlock);
+    exchange<8>(rows);
+    exchange<4>(rows);
+    exchange<2>(rows);
+    exchange<1>(rows);
+  }
+}
+
+// `products` of kRows rows, with the positions' numbers in columns: the same additions in the same order. kFrom is what
+// is left to add: lanes i, i + kFrom, ... of a row's products.
+template <int kVectors, int kRows, int kFrom>
+__attribute__((always_inline)) inline void products_of(const float* const* x, const Lanes* columns, int i,
+                                                       Lanes* sums) {
+  Lanes other[kRows];
+  if constexpr (kFrom == kBlock) {
+    for (int r = 0; r < kRows; ++r) sums[r] = Lanes{};
+    for (int d = i; d < kVectors * kBlock; d += kBlock) {
+      const Lanes column = columns[d];
+      for (int r = 0; r < kRows; ++r) sums[r] = sums[r] + column * x[r][d];
+    }
+  } else {
+    products_of<kVectors, kRows, kFrom * 2>(x, columns, i, sums);
+    products_of<kVectors, kRows, kFrom * 2>(x, columns, i + kFrom, other);
+    for (int r = 0; r < kRows; ++r) sums[r] = sums[r] + other[r];
+  }
+}
+
+// Products of every row's x (its query or its grad) with what lies at the positions of the blocks that it sees.
+template <typename T, int kVectors>
+void all_products(const Rows& rows, const float* Row::* x, const T* const* at, Table& out) {
+  constexpr size_t kWorthColumns = 8;  // rows
+  if (rows.size() < kWorthColumns) {
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const Range& range = rows[r].range;
+      Lanes own[kVectors];
+      for (int d = 0; d < kVectors; ++d) own[d] = load(rows[r].*x + d * kBlock);
+      for (int64_t block = range.from; block < range.to; ++block)
+        store(out.of(r) + block * kBlock,
+              products<T, kVectors>(own, at, block * kBlock, range.low(block), range.last(block)));
+    }
+    return;
+  }
+  each_block(rows, [&](int64_t block, size_t first, size_t end) {
+    const int64_t begin = block * kBlock;
+    Lanes columns[kVectors * kBlock];
+    columns_of<T, kVectors>(at, begin, rows[first].range.low(block), rows[end - 1].range.last(block), columns);
+    constexpr int kRows = 4;
+    size_t r = first;
+    Lanes sums[kRows];
+    for (; r + kRows <= end; r += kRows) {
+      const float* own[kRows];
+      for (int i = 0; i < kRows; ++i) own[i] = rows[r + i].*x;
+      products_of<kVectors, kRows, 1>(own, columns, 0, sums);
+      for (int i = 0; i < kRows; ++i) store(out.of(r + i) + begin, sums[i]);
+    }
+    for (; r < end; ++r) {
+      const float* own = rows[r].*x;
+      products_of<kVectors, 1, 1>(&own, columns, 0, sums);
+      store(out.of(r) + begin, sums[0]);
+    }
+  });
+}
+
+// Turns a row's products into unnormalised probabilities and returns what they add up to, the sink's share included.
+float probabilities(const Row& row, float scale, float* probs, float* sink_prob) {
   const float lowest = -std::numeric_limits<float>::infinity();
   Lanes top = spread(lowest);
-  for (int64_t block = range.from; block < range.to; ++block) {
-    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
-    const Ints seen = (lane >= static_cast<int32_t>(low - begin)) & (lane <= static_cast<int32_t>(last - begin));
-    const Lanes scores = seen ? products<T, kVectors>(q, s.keys, begin, low, last) * scale : spread(lowest);
-    store(probs + (block - range.from) * kBlock, scores);
+  for (int64_t block = row.range.from; block < row.range.to; ++block) {
+    float* here = probs + block * kBlock;
+    const Lanes scores = row.range.seen(block) ? load(here) * scale : spread(lowest);
+    store(here, scores);
     top = scores > top ? scores : top;
     top = scores != scores ? scores : top;  // a NaN stays
   }
-  float highest = sink ? *sink : lowest;
+  float highest = row.sink ? *row.sink : lowest;
   for (int i = 0; i < kBlock; ++i) highest = (top[i] > highest || top[i] != top[i]) ? top[i] : highest;
   Lanes total = {};
-  for (int64_t block = range.from; block < range.to; ++block) {
-    float* at_block = probs + (block - range.from) * kBlock;
-    const Lanes p = exp_of(load(at_block) - highest);
-    store(at_block, p);
+  for (int64_t block = row.range.from; block < row.range.to; ++block) {
+    float* here = probs + block * kBlock;
+    const Lanes p = exp_of(load(here) - highest);
+    store(here, p);
     total = total + p;
   }
-  *sink_prob = sink ? exp_of(spread(*sink - highest))[0] : 0.0f;
+  *sink_prob = row.sink ? exp_of(spread(*row.sink - highest))[0] : 0.0f;
   return total_of(total) + *sink_prob;
 }
 
-template <typename T, int kVectors>
-inline void add_value(Lanes* sum, const T* value, float weight) {
-  for (int d = 0; d < kVectors; ++d) sum[d] = sum[d] + load(value + d * kBlock) * weight;
+// sums[r] = sum over positions of weights[r][position] at[position] for kRows rows from `row` on. Where one of them
+// sees a position that another does not, the other's weight is 0, which changes no sum.
+template <typename T, int kVectors, int kRows>
+inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const T* const* at, Lanes (*sums)[kVectors]) {
+  const Range &front = rows[row].range, &back = rows[row + kRows - 1].range;
+  const float* own[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    float* to = weights.of(row + r);
+    for (int64_t block = front.from; block < rows[row + r].range.from; ++block) store(to + block * kBlock, Lanes{});
+    for (int64_t block = rows[row + r].range.to; block < back.to; ++block) store(to + block * kBlock, Lanes{});
+    own[r] = to;
+  }
+  Lanes chains[2][kRows][kVectors] = {};  // of even and of odd positions
+  const auto add = [&](int odd, int64_t position) {
+    for (int d = 0; d < kVectors; ++d) {
+      const Lanes value = load(at[position] + d * kBlock);
+      for (int r = 0; r < kRows; ++r) chains[odd][r][d] = chains[odd][r][d] + value * own[r][position];
+    }
+  };
+  int64_t position = front.first;
+  if (position & 1) add(1, position++);
+  for (; position < back.at; position += 2) {
+    add(0, position);
+    add(1, position + 1);
+  }
+  if (position == back.at) add(0, position);
+  for (int r = 0; r < kRows; ++r)
+    for (int d = 0; d < kVectors; ++d) sums[r][d] = chains[0][r][d] + chains[1][r][d];
+}
+
+// Calls `done` with each row's number and its weighted sum.
+template <typename T, int kVectors, typename Function>
+void each_weighted_sum(const Rows& rows, Table& weights, const T* const* at, Function done) {
+  constexpr int kMost = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;  // rows whose sums the registers hold
+  Lanes sums[kMost][kVectors];
+  size_t row = 0;
+  for (; row + kMost <= rows.size(); row += kMost) {
+    weighted_sums<T, kVectors, kMost>(rows, row, weights, at, sums);
+    for (int r = 0; r < kMost; ++r) done(row + r, sums[r]);
+  }
+  for (; row < rows.size(); ++row) {
+    weighted_sums<T, kVectors, 1>(rows, row, weights, at, sums);
+    done(row, sums[0]);
+  }
 }
 
 template <typename T, int kVectors>
-void attend_row(const float* query, const Sequence<T>& s, const Range& range, float scale, const float* sink,
-                float* probs, float* out) {
-  float sink_prob;
-  const float sum = probabilities<T, kVectors>(query, s, range, scale, sink, probs, &sink_prob);
-  const float* p = probs - range.from * kBlock;
-  Lanes chains[2][kVectors] = {};
-  int64_t position = range.first;
-  if (position & 1) add_value<T, kVectors>(chains[1], s.values[position], p[position]), ++position;
-  for (; position < range.at; position += 2) {
-    add_value<T, kVectors>(chains[0], s.values[position], p[position]);
-    add_value<T, kVectors>(chains[1], s.values[position + 1], p[position + 1]);
-  }
-  if (position == range.at) add_value<T, kVectors>(chains[0], s.values[position], p[position]);
-  const float inverse = 1.0f / sum;
-  for (int d = 0; d < kVectors; ++d) store(out + d * kBlock, (chains[0][d] + chains[1][d]) * inverse);
+void attend_rows(Work& work, const Sequence<T>& s, float scale) {
+  Rows& rows = work.rows;
+  work.probs.fit(rows);
+  all_products<T, kVectors>(rows, &Row::query, s.keys, work.probs);
+  float inverse[kMostRows], sink_prob;
+  for (size_t r = 0; r < rows.size(); ++r)
+    inverse[r] = 1.0f / probabilities(rows[r], scale, work.probs.of(r), &sink_prob);
+  each_weighted_sum<T, kVectors>(rows, work.probs, s.values, [&](size_t r, const Lanes* sum) {
+    for (int d = 0; d < kVectors; ++d) store(rows[r].out + d * kBlock, sum[d] * inverse[r]);
+  });
+}
+
+// to[position] += sum over rows of weights[row][position] x(row).
+template <int kVectors>
+void add_weighted(const Rows& rows, const float* Row::* x, Table& weights, float* const* to) {
+  constexpr int kPositions = kVectors <= 4 ? 4 : kVectors <= 8 ? 2 : 1;  // whose sums the registers hold
+  each_block(rows, [&](int64_t block, size_t first, size_t end) {
+    const int64_t low = rows[first].range.low(block), last = rows[end - 1].range.last(block);
+    for (int64_t begin = block * kBlock; begin <= last; begin += kPositions) {
+      Lanes sums[kPositions][kVectors] = {};
+      for (size_t r = first; r < end; ++r) {
+        const float* weight = weights.of(r) + begin;
+        for (int d = 0; d < kVectors; ++d) {
+          const Lanes own = load(rows[r].*x + d * kBlock);
+          for (int i = 0; i < kPositions; ++i) sums[i][d] = sums[i][d] + own * weight[i];
+        }
+      }
+      for (int i = 0; i < kPositions; ++i)
+        if (begin + i >= low && begin + i <= last)
+          for (int d = 0; d < kVectors; ++d) {
+            float* place = to[begin + i] + d * kBlock;
+            store(place, load(place) + sums[i][d]);
+          }
+    }
+  });
 }
 
 // With p the probabilities, g the gradient of the output and c = sum_j p_j (g v_j): dv_j += p_j g,
-// ds_j = p_j (g v_j - c) scale, dq = sum_j ds_j k_j, dk_j += ds_j q; returns the sink's -p_sink c.
+// ds_j = p_j (g v_j - c) scale, dq = sum_j ds_j k_j, dk_j += ds_j q; the sink's is -p_sink c.
 template <int kVectors>
-float row_gradients(const float* query, const float* grad, const Sequence<float>& s, const Range& range, float scale,
-                    const float* sink, float* probs, float* slopes, float* dq, float* const* dk, float* const* dv) {
-  float sink_prob;
-  const float sum = probabilities<float, kVectors>(query, s, range, scale, sink, probs, &sink_prob);
-  const float inverse = 1.0f / sum;
-  Lanes g[kVectors], q[kVectors], to_q[kVectors] = {}, mean = {};
-  for (int d = 0; d < kVectors; ++d) g[d] = load(grad + d * kBlock), q[d] = load(query + d * kBlock);
-  for (int64_t block = range.from; block < range.to; ++block) {
-    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
-    float* at_block = probs + (block - range.from) * kBlock;
-    const Lanes p = load(at_block) * inverse;
-    const Lanes slope = products<float, kVectors>(g, s.values, begin, low, last);
-    store(at_block, p);
-    store(slopes + (block - range.from) * kBlock, slope);
-    mean = mean + p * slope;
-  }
-  const float c = total_of(mean);
-  for (int64_t block = range.from; block < range.to; ++block) {
-    const int64_t begin = block * kBlock, low = range.low(block), last = range.last(block);
-    const float* p = probs + (block - range.from) * kBlock;
-    float* slope = slopes + (block - range.from) * kBlock;
-    store(slope, load(p) * (load(slope) - c) * scale);
-    for (int64_t position = low; position <= last; ++position) {
-      const float ds = slope[position - begin], weight = p[position - begin];
-      const float* key = s.keys[position];
-      float *of_key = dk[position], *of_value = dv[position];
-      for (int d = 0; d < kVectors; ++d) {
-        to_q[d] = to_q[d] + load(key + d * kBlock) * ds;
-        store(of_key + d * kBlock, load(of_key + d * kBlock) + q[d] * ds);
-        store(of_value + d * kBlock, load(of_value + d * kBlock) + g[d] * weight);
-      }
+void rows_gradients(Work& work, const Sequence<float>& s, float scale, float* const* dk, float* const* dv) {
+  Rows& rows = work.rows;
+  work.probs.fit(rows);
+  work.slopes.fit(rows);
+  all_products<float, kVectors>(rows, &Row::query, s.keys, work.probs);
+  all_products<float, kVectors>(rows, &Row::grad, s.values, work.slopes);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const Range& range = rows[r].range;
+    float *probs = work.probs.of(r), *slopes = work.slopes.of(r), sink_prob;
+    const float inverse = 1.0f / probabilities(rows[r], scale, probs, &sink_prob);
+    Lanes mean = {};
+    for (int64_t block = range.from; block < range.to; ++block) {
+      const Lanes p = load(probs + block * kBlock) * inverse;
+      const Lanes slope = range.seen(block) ? load(slopes + block * kBlock) : Lanes{};
+      store(probs + block * kBlock, p);
+      store(slopes + block * kBlock, slope);
+      mean = mean + p * slope;
     }
+    const float c = total_of(mean);
+    for (int64_t block = range.from; block < range.to; ++block) {
+      float* slope = slopes + block * kBlock;
+      store(slope, load(probs + block * kBlock) * (load(slope) - c) * scale);
+    }
+    if (rows[r].dsink) *rows[r].dsink = -sink_prob * inverse * c;
   }
-  for (int d = 0; d < kVectors; ++d) store(dq + d * kBlock, to_q[d]);
-  return -sink_prob * inverse * c;
+  add_weighted<kVectors>(rows, &Row::grad, work.probs, dv);
+  add_weighted<kVectors>(rows, &Row::query, work.slopes, dk);
+  each_weighted_sum<float, kVectors>(rows, work.slopes, s.keys, [&](size_t r, const Lanes* sum) {
+    for (int d = 0; d < kVectors; ++d) store(rows[r].dq + d * kBlock, sum[d]);
+  });
 }
 
 // The function for heads of `dim` numbers; null where there is none.
-#define FOR_DIM(dim, name, ...)              \
-  ((dim) == 16    ? name<__VA_ARGS__ 1>      \
-   : (dim) == 32  ? name<__VA_ARGS__ 2>      \
-   : (dim) == 48  ? name<__VA_ARGS__ 3>      \
-   : (dim) == 64  ? name<__VA_ARGS__ 4>      \
-   : (dim) == 80  ? name<__VA_ARGS__ 5>      \
-   : (dim) == 96  ? name<__VA_ARGS__ 6>      \
-   : (dim) == 128 ? name<__VA_ARGS__ 8>      \
-   : (dim) == 256 ? name<__VA_ARGS__ 16>     \
+#define FOR_DIM(dim, name, ...)          \
+  ((dim) == 16    ? name<__VA_ARGS__ 1>  \
+   : (dim) == 32  ? name<__VA_ARGS__ 2>  \
+   : (dim) == 48  ? name<__VA_ARGS__ 3>  \
+   : (dim) == 64  ? name<__VA_ARGS__ 4>  \
+   : (dim) == 80  ? name<__VA_ARGS__ 5>  \
+   : (dim) == 96  ? name<__VA_ARGS__ 6>  \
+   : (dim) == 128 ? name<__VA_ARGS__ 8>  \
+   : (dim) == 256 ? name<__VA_ARGS__ 16> \
                   : nullptr)
 
 struct Piece {
@@ -179,12 +364,12 @@ struct Piece {
 extern "C" {
 
 struct AttentionCall {
-  const float* q;    // token t, head h at t * q_token + h * dim
-  const void* k;     // packed: token t, head h at t * k_token + h * dim; pages: (P, heads, page, dim)
+  const float* q;  // token t, head h at t * q_token + h * dim
+  const void* k;   // packed: token t, head h at t * k_token + h * dim; pages: (P, heads, page, dim)
   const void* v;
-  float* out;        // (tokens, query heads, dim)
-  const float* sinks;            // (query heads,) or null
-  const int64_t* starts;         // of sequences: row of the first query
+  float* out;             // (tokens, query heads, dim)
+  const float* sinks;     // (query heads,) or null
+  const int64_t* starts;  // of sequences: row of the first query
   const int64_t* query_lens;
   const int64_t* context_lens;
   const int64_t* page_table;     // (sequences, table_width) or null
@@ -193,7 +378,7 @@ struct AttentionCall {
   float* dq;                     // (tokens, query heads, dim)
   float* dk;                     // (tokens, heads, dim), zeros at first
   float* dv;
-  float* dsinks;                 // (tokens, query heads)
+  float* dsinks;  // (tokens, query heads)
   int64_t sequences, heads, group, dim, q_token, k_token, v_token, table_width, page_tokens;
   int64_t window;  // 0: none
   int64_t threads;
@@ -210,8 +395,8 @@ int64_t row_of(const AttentionCall& c, int64_t n, int64_t p) {
   return p < prefix ? c.prefix_starts[n] + p : c.starts[n] + p - prefix;
 }
 
-// Calls `run` with each page of a sequence: where its part of one head begins, and its first position and the one after its
-// last.
+// Calls `run` with each page of a sequence: where its part of one head begins, and its first position and the one after
+// its last.
 template <typename Function>
 void each_page(const AttentionCall& c, int64_t n, int64_t head, Function run) {
   const int64_t* pages = c.page_table + n * c.table_width;
@@ -222,7 +407,8 @@ void each_page(const AttentionCall& c, int64_t n, int64_t head, Function run) {
   }
 }
 
-// Asks for the keys and values of one sequence and head, so that they are near when their turn comes: pages lie anywhere.
+// Asks for the keys and values of one sequence and head, so that they are near when their turn comes: pages lie
+// anywhere.
 template <typename T>
 void fetch(const AttentionCall& c, int64_t n, int64_t head) {
   constexpr int64_t kLine = 64 / sizeof(T), kMost = 4096;  // of a page: what follows is found by the machine itself
@@ -270,33 +456,51 @@ int64_t longest_of(const AttentionCall& c) {
   return (*std::max_element(c.context_lens, c.context_lens + c.sequences) / kBlock + 2) * kBlock;
 }
 
+// Queries of one sequence that are worked on together.
+std::vector<Piece> pieces_of(const AttentionCall& c, int64_t n) {
+  const int64_t span = std::min(c.context_lens[n], c.window ? c.window : c.context_lens[n]) + 2 * kBlock;
+  const int64_t most = std::max<int64_t>(1, kMostRows / c.group);
+  const int64_t size = std::clamp<int64_t>(kMostNumbers / (span * c.group), std::min<int64_t>(4, most), most);
+  std::vector<Piece> pieces;
+  for (int64_t first = 0; first < c.query_lens[n]; first += size)
+    pieces.push_back({n, first, std::min(size, c.query_lens[n] - first)});
+  return pieces;
+}
+
+// The rows of a piece under one head of k and v.
+void rows_of(const AttentionCall& c, const Piece& piece, int64_t head, Rows& rows) {
+  rows.clear();
+  for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
+    const int64_t token = c.starts[piece.sequence] + i;
+    const Range range = range_of(c, piece.sequence, i);
+    for (int64_t h = head * c.group; h < (head + 1) * c.group; ++h) {
+      const int64_t place = token * c.heads * c.group + h;
+      rows.push_back({range, c.q + token * c.q_token + h * c.dim, c.sinks ? c.sinks + h : nullptr,
+                      c.out + place * c.dim, c.grad + place * c.dim, c.dq + place * c.dim,
+                      c.dsinks ? c.dsinks + place : nullptr});
+    }
+  }
+}
+
 template <typename T, typename Function>
-int attend(const AttentionCall& c, Function row) {
-  if (!row) return 1;
-  constexpr int64_t kQueries = 64;  // of one piece, which a thread takes at once
+int attend(const AttentionCall& c, Function attend_them) {
+  if (!attend_them || c.group > kMostRows) return 1;
   std::vector<Piece> pieces;
   for (int64_t n = 0; n < c.sequences; ++n)
-    for (int64_t first = 0; first < c.query_lens[n]; first += kQueries)
-      pieces.push_back({n, first, std::min(kQueries, c.query_lens[n] - first)});
+    for (const Piece& piece : pieces_of(c, n)) pieces.push_back(piece);
   const int64_t work = static_cast<int64_t>(pieces.size()) * c.heads, longest = longest_of(c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, work)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> probs(longest);
+    Work own;
     Addresses<T> addresses(longest);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t item = 0; item < work; ++item) {
       const Piece& piece = pieces[item / c.heads];
-      const int64_t head = item % c.heads, n = piece.sequence;
+      const int64_t head = item % c.heads;
       if (c.page_table && item + 1 < work) fetch<T>(c, pieces[(item + 1) / c.heads].sequence, (item + 1) % c.heads);
-      const Sequence<T> s = addresses.of(c, n, head);
-      for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
-        const int64_t token = c.starts[n] + i;
-        const Range range = range_of(c, n, i);
-        for (int64_t h = head * c.group; h < (head + 1) * c.group; ++h)
-          row(c.q + token * c.q_token + h * c.dim, s, range, c.scale, c.sinks ? c.sinks + h : nullptr, probs.data(),
-              c.out + (token * c.heads * c.group + h) * c.dim);
-      }
+      rows_of(c, piece, head, own.rows);
+      attend_them(own, addresses.of(c, piece.sequence, head), c.scale);
     }
   }
   return 0;
@@ -307,19 +511,19 @@ int attend(const AttentionCall& c, Function row) {
 extern "C" {
 
 int attention_forward(const AttentionCall* c) {
-  if (c->is_bf16) return attend<Bf16>(*c, FOR_DIM(c->dim, attend_row, Bf16, ));
-  return attend<float>(*c, FOR_DIM(c->dim, attend_row, float, ));
+  if (c->is_bf16) return attend<Bf16>(*c, FOR_DIM(c->dim, attend_rows, Bf16, ));
+  return attend<float>(*c, FOR_DIM(c->dim, attend_rows, float, ));
 }
 
 // Packed fp32 only. A sequence that others go on from has keys that several of them change: then one thread has a head.
 int attention_backward(const AttentionCall* c) {
-  const auto row = FOR_DIM(c->dim, row_gradients, );
-  if (!row || c->is_bf16 || c->page_table) return 1;
+  const auto add_gradients = FOR_DIM(c->dim, rows_gradients, );
+  if (!add_gradients || c->is_bf16 || c->page_table || c->group > kMostRows) return 1;
   const int64_t parts = c->prefix_starts ? 1 : c->sequences, work = parts * c->heads, longest = longest_of(*c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c->threads, work)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> probs(longest), slopes(longest);
+    Work own;
     std::vector<float*> dk(longest), dv(longest);
     Addresses<float> addresses(longest);
 #pragma omp for schedule(dynamic, 1)
@@ -332,16 +536,9 @@ int attention_backward(const AttentionCall* c) {
           dk[p] = c->dk + place;
           dv[p] = c->dv + place;
         }
-        for (int64_t i = 0; i < c->query_lens[n]; ++i) {
-          const int64_t token = c->starts[n] + i;
-          const Range range = range_of(*c, n, i);
-          for (int64_t h = head * c->group; h < (head + 1) * c->group; ++h) {
-            const int64_t place = token * c->heads * c->group + h;
-            const float sink = row(c->q + token * c->q_token + h * c->dim, c->grad + place * c->dim, s, range, c->scale,
-                                   c->sinks ? c->sinks + h : nullptr, probs.data(), slopes.data(),
-                                   c->dq + place * c->dim, dk.data(), dv.data());
-            if (c->dsinks) c->dsinks[place] = sink;
-          }
+        for (const Piece& piece : pieces_of(*c, n)) {
+          rows_of(*c, piece, head, own.rows);
+          add_gradients(own, s, c->scale, dk.data(), dv.data());
         }
       }
     }

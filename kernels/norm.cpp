@@ -47,8 +47,7 @@ void row_gradients(const T* x, const T* weight, const T* grad, T* dx, float* dw,
       store(dx + i, (load(grad + i) * load(weight + i) - load(x + i) * scale * mean) * scale);
   }
   if (dw)
-    for (int64_t i = 0; i < width; i += kLanes)
-      store(dw + i, load(dw + i) + load(grad + i) * (load(x + i) * scale));
+    for (int64_t i = 0; i < width; i += kLanes) store(dw + i, load(dw + i) + load(grad + i) * (load(x + i) * scale));
 }
 
 template <typename T>

@@ -7,8 +7,8 @@
 
 namespace {
 
-// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or with that map transposed, which is its gradient. The two halves of
-// a head lie in one vector where the head has 16 numbers, so vectors have 8.
+// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or with that map transposed, which is its gradient. The two halves
+// of a head lie in one vector where the head has 16 numbers, so vectors have 8.
 typedef float Eight __attribute__((vector_size(32)));
 
 inline Eight load8(const float* from) {
@@ -63,8 +63,8 @@ template <typename T>
 void rotate_any(const void* x, const void* cos, const void* sin, void* out, int64_t tokens, int64_t heads, int64_t dim,
                 int64_t x_token, int64_t out_token, int64_t transposed, int threads) {
   (transposed ? rotate<T, true> : rotate<T, false>)(static_cast<const T*>(x), static_cast<const T*>(cos),
-                                                    static_cast<const T*>(sin), static_cast<T*>(out), tokens, heads, dim,
-                                                    x_token, out_token, threads);
+                                                    static_cast<const T*>(sin), static_cast<T*>(out), tokens, heads,
+                                                    dim, x_token, out_token, threads);
 }
 
 }  // namespace
