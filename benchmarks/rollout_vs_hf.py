@@ -209,6 +209,15 @@ def measure(work: Workload, runs: int) -> dict[str, Any]:
     }
 
 
+def together(found: list[dict[str, Any]]) -> dict[str, float]:
+    """One batch of each workload, one after another: tokens per second of both sides and their ratio."""
+    rates = {
+        side: sum(one[side]["tokens"] for one in found) / sum(one[side]["seconds"] for one in found)
+        for side in ("engine", "generate")
+    }
+    return rates | {"ratio": rates["engine"] / rates["generate"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="directory of a finished quickstart")
@@ -228,6 +237,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "runs": args.runs,
         "workloads": found,
+        "together": together(found),
         "machine": machine(),
     }
     print(json.dumps(report, indent=2))
@@ -237,6 +247,8 @@ def main() -> None:
             f"{one['generate']['tokens_per_s']:,.0f} tok/s: {one['ratio']:.2f}x (median of {args.runs}, "
             f"{torch.get_num_threads()} threads)"
         )
+    if len(found) > 1:
+        print(f"one batch of each: {report['together']['ratio']:.2f}x")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         kind = "random" if args.run is None else "quickstart"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -41,6 +41,8 @@ class Stated:
 @dataclass(frozen=True)
 class Checked:
     recipe: Recipe | None  # None if anything is wrong with it
+    repaired: Recipe  # with defaults in place of what is wrong
+    dropped: Set[PathKey]  # what they are in place of
     problems: list[Problem]
     warnings: list[Problem]  # of a recipe that can be run, but does less than it says
     unread: list[Stated]
@@ -76,8 +78,9 @@ def check(root: Node, look_up: LookUp | None = None) -> Checked:
         problems += _placed(node, look_up(recipe), dropped)
     ignored = _unread(node, recipe, problems, dropped)
     if problems:
-        return Checked(None, problems, [], ignored)
-    return Checked(recipe, [], _inconsistent(node, list(rules.warnings(recipe)), dropped), ignored)
+        return Checked(None, recipe, dropped, problems, [], ignored)
+    warnings = _inconsistent(node, list(rules.warnings(recipe)), dropped)
+    return Checked(recipe, recipe, dropped, [], warnings, ignored)
 
 
 def _unread(node: Node, recipe: Recipe, problems: Sequence[Problem], dropped: set[PathKey]) -> list[Stated]:

@@ -189,9 +189,9 @@ def _plan(root: Node, source: str | None, problems: list[Problem], look_up: Look
             stages.append(Stage(name or result.recipe.method, result.recipe, expressions))
     problems.extend(_name_stages(found))
     problems.extend(_never_read(checked, source))
+    problems.extend(_outputs(checked))
     if not problems:
         problems.extend(_not_shared(root, stages))
-        problems.extend(_outputs(dict(parts), stages))
     if problems:
         raise RecipeError(problems)
     warnings = _name_stages({name: result.warnings for name, _, result in checked})
@@ -260,14 +260,19 @@ def _name_stages(found: Mapping[str, list[Problem]]) -> list[Problem]:
     ]
 
 
-def _outputs(nodes: Mapping[str, Node], stages: Sequence[Stage]) -> list[Problem]:
-    """Stages that a path names and that are not there, or have nothing of the kind."""
+def _outputs(checked: Sequence[tuple[str, Node, Checked]]) -> list[Problem]:
+    """Stages that a path names and that are not there, or have nothing of the kind. Nothing is said that hangs on a value
+    which something else is wrong with."""
     problems = []
-    for i, stage in enumerate(stages):
-        earlier = {s.name: s.recipe for s in stages[:i]}
-        node = nodes.get(stage.name) or next(iter(nodes.values()))
-        for key, message, hint in output_problems(stage.recipe, earlier):
-            problems.append(node.find(key).place.problem(message, hint))
+    earlier: dict[str, Recipe] = {}
+    unclear = False
+    for name, node, result in checked:
+        for key, message, hint in output_problems(result.repaired, earlier):
+            at = node.find(key)
+            if at is not None and not unclear:
+                problems.append(at.place.problem(message, hint))
+        earlier[name or result.repaired.method] = result.repaired
+        unclear = unclear or any(path[0] in ("method", "data") for path in result.dropped)
     return problems
 
 

@@ -571,3 +571,14 @@ def test_an_override_that_no_stage_would_use_is_checked_too(write):
     assert "every stage sets this key itself" in str(first) and "'abc' is not a number" in str(second)
     assert len(problems(write(staged), "trainer.lr=1e-3")) == 1
     assert len(problems(write(staged), "trainer.lr=${trainer.eps}")) == 1
+
+
+def test_a_stage_that_is_not_there_is_reported_with_the_rest(write):
+    # Catches: a second round of mistakes after the first is mended; a complaint about a value that was taken out.
+    wrong = STAGED.replace("trainer: {steps: 7}", "trainer: {steps: x}\n    model: {path: 'stage:warmupp'}")
+    assert found(write(wrong)) == {
+        (11, "stages.grpo.trainer.steps"): "'x' is not a whole number",
+        (12, "stages.grpo.model.path"): "there is no earlier stage 'warmupp'",
+    }
+    wrong = wrong.replace("method: sft", "method: sfft").replace("warmupp", "warmup")
+    assert [key for _, key in found(write(wrong))] == ["stages.warmup.method", "stages.grpo.trainer.steps"]
