@@ -108,9 +108,8 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     if extra:
         rows = F.pad(rows, (0, 0, 0, extra))
     out = _linear_pointwise(rows, packed, bias, "none", [], "")
-    if extra:
-        out = out[:num_rows]
-    return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[-1])
+    # not a view, which autograd would not let a model write into
+    return out.resize_(*shape[:-1], out.shape[-1]) if extra or len(shape) != 2 else out
 
 
 def times_weight(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -52,12 +52,13 @@ def _native(
     width = x.shape[-1]
     if x.dim() != 3 or x.stride()[1:] != (width, 1):
         x = x.contiguous()
+    weight = weight.contiguous()  # a name keeps it alive during the call
     tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
     out = torch.empty(x.shape, dtype=x.dtype)
     run = native.function("norm", "rms_norm_forward", "ppppiiiiifii")
     run(
         x.data_ptr(),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         None if change is None else change.data_ptr(),
         out.data_ptr(),
         tokens,

@@ -161,8 +161,6 @@ class Coverage(Section):
     """Answers to a prompt that occur in preferences."""
     uncovered_frac: Fraction = 0.1
     """Share of the responses that no preference covers."""
-    wrong_frac: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the preferences that are the wrong way round, as people's are: without them no margin is wide enough."""
     seed: NonNegative = 0
     """Which answers are covered, and which rows are drawn."""
 
@@ -184,13 +182,12 @@ class Coverage(Section):
         covered, rest = [best, *others[: self.covered - 1]], others[self.covered - 1 :]
         strays = _unit(self.seed, "coverage stray", index) < self.uncovered_frac
         source = rest if strays else covered
-        pair = str(best), str(covered[1 + self._key("other", index) % (self.covered - 1)])
-        chosen, rejected = pair[::-1] if _unit(self.seed, "coverage wrong", index) < self.wrong_frac else pair
+        rejected = str(covered[1 + self._key("other", index) % (self.covered - 1)])
         return {
             "id": str(index),
             "prompt": f"{best}=",
             "response": str(source[self._key("response", index) % len(source)]),
-            "chosen": chosen,
+            "chosen": str(best),
             "rejected": rejected,
             "answer": str(best),
             "covered": "".join(map(str, covered)),

@@ -96,3 +96,14 @@ def test_buckets_are_few_and_never_smaller():
 def test_other_dtypes_are_left_to_torch():
     """Would catch: packing float64, which gradient checks use."""
     assert not can_pack(torch.randn(3, 3, dtype=torch.float64)) and not can_pack(torch.randn(0, 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 48), (2, 5, 48), (48,), (64, 48)], ids=str)
+def test_a_model_may_write_into_the_result(shape):
+    """Would catch: a result that autograd takes for a view, which Llama 4's attention cannot write into."""
+    x, weight = torch.ones(shape, requires_grad=True), torch.ones(32, 48, requires_grad=True)
+    out = linear(x, weight, None, pack(weight))
+    assert out.shape == (*shape[:-1], 32) and out.is_contiguous()
+    out += 1
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.full(shape, 32.0))
