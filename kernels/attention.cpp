@@ -109,8 +109,8 @@ inline Lanes products(const Lanes* x, const T* const* at, int64_t begin, int64_t
   Lanes of_row[kBlock];
   for (int i = 0; i < kBlock; ++i) {
     const T* row = at[std::clamp(begin + i, low, last)];
-    Lanes product = x[0] * load(row);
-    for (int d = 1; d < kVectors; ++d) product = product + x[d] * load(row + d * kBlock);
+    Lanes product = {};  // every term is added in one rounding, the first to 0
+    for (int d = 0; d < kVectors; ++d) product = product + x[d] * load(row + d * kBlock);
     of_row[i] = product;
   }
   return sums_of(of_row);

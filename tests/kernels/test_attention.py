@@ -173,6 +173,22 @@ def test_pages_give_the_bits_of_the_pack(heads, options, dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, *attention._NATIVE_DIMS])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_every_head_size_decodes_in_the_bits_of_the_pack(heads, dim, dtype):
+    """Would catch: another order of additions, or another rounding, for rows alone than for rows together."""
+    q, k, v = make(LENGTHS, heads, dtype, dim)
+    expected, last = packed_attention(q, k, v, ends(LENGTHS), scale=0.3), ends(LENGTHS)[1:] - 1
+    pages = Pages(k, v, LENGTHS, 64)
+    for count in (1, 2, 3):  # of each sequence's last tokens
+        rows = np.concatenate(
+            [np.arange(max(end + 1 - count, end + 1 - n), end + 1) for end, n in zip(last, LENGTHS)]
+        )
+        got = pages.attend(q[rows], [min(count, n) for n in LENGTHS], LENGTHS, scale=0.3)
+        assert torch.equal(got, expected[rows])
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_mixture_of_chunks_gives_the_same_bits(data):
@@ -182,7 +198,8 @@ def test_any_mixture_of_chunks_gives_the_same_bits(data):
     query = [data.draw(st.integers(1, c)) for c in context]
     heads = data.draw(st.sampled_from(HEADS))
     window = data.draw(st.sampled_from([None, 1, 20, 140]))
-    q, k, v = make(lengths, heads)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    q, k, v = make(lengths, heads, dtype, data.draw(st.sampled_from(attention._NATIVE_DIMS)))
     expected = packed_attention(q, k, v, ends(lengths), scale=0.3, window=window)
     chosen = np.concatenate([np.arange(s + c - n, s + c) for s, c, n in zip(ends(lengths), context, query)])
     pages = Pages(k, v, lengths, data.draw(st.sampled_from([16, 32, 128])))

@@ -17,6 +17,15 @@ def test_every_architecture_is_exact_here(name, dtype, prepared):
     assert report.exact and report.max_abs_diff == 0, report.detail
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_every_head_size_is_exact_here(head_dim, dtype, prepared):
+    """Would catch: operations that are right for the small heads of the other tests alone."""
+    config = {"head_dim": head_dim, "hidden_size": 192, "intermediate_size": 512}
+    report = probe_exactness(prepared("qwen3", dtype=dtype, config=config))
+    assert report.exact, report.detail
+
+
 def test_lora_is_exact_too(prepared):
     """Would catch: adapters that keep torch's own linear."""
     from rlhf.recipe.schema import LoraConfig
