@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.kernels import native
+from rlhf.kernels.first_order import first_order
 from rlhf.kernels.threads import serial, worth
 
 _VECTOR = 64  # elements that a fused kernel takes in one turn of its loop, at most
@@ -37,6 +38,8 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape")
     is_native = native.serves("activation", gate.shape[-1], gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up) if is_native else silu(gate) * up
@@ -55,7 +58,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     g, u = _rows(gate), _rows(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
     run = native.function("activation", "swiglu_forward", "pppiiiiii")
     run(*(t.data_ptr() for t in (g, u, out)), *_layout(g, u))
     return out
@@ -74,10 +77,11 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_native(gate, up)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         g, u, grad = _rows(gate), _rows(up), grad.contiguous()
-        to_gate, to_up = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+        to_gate, to_up = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (gate, up))
         run = native.function("activation", "swiglu_backward", "pppppiiiiii")
         run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))
         return to_gate, to_up

@@ -224,34 +224,50 @@ float probabilities(const Row& row, float scale, float* probs, float* sink_prob)
   return total_of(total) + *sink_prob;
 }
 
-// sums[r] = sum over positions of weights[r][position] at[position] for kRows rows from `row` on. Where one of them
-// sees a position that another does not, the other's weight is 0, which changes no sum.
+// chains[position & 1][r] += weights[position] at[position] for the positions of one row in [from, to).
+template <typename T, int kVectors, int kRows>
+inline void add_alone(const T* const* at, const float* weights, int64_t from, int64_t to, int r,
+                      Lanes (*chains)[kRows][kVectors]) {
+  for (int64_t position = from; position < to; ++position)
+    for (int d = 0; d < kVectors; ++d) {
+      Lanes& sum = chains[position & 1][r][d];
+      sum = sum + load(at[position] + d * kBlock) * weights[position];
+    }
+}
+
+// sums[r] = sum over positions of weights[r][position] at[position] for kRows rows from `row` on, even and odd
+// positions apart. Positions that all of them see are gone through together.
 template <typename T, int kVectors, int kRows>
 inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const T* const* at, Lanes (*sums)[kVectors]) {
-  const Range &front = rows[row].range, &back = rows[row + kRows - 1].range;
+  const int64_t from = rows[row + kRows - 1].range.first, to = std::max(from, rows[row].range.at + 1);
+  Lanes edges[2][kRows][kVectors] = {};
   const float* own[kRows];
   for (int r = 0; r < kRows; ++r) {
-    float* to = weights.of(row + r);
-    for (int64_t block = front.from; block < rows[row + r].range.from; ++block) store(to + block * kBlock, Lanes{});
-    for (int64_t block = rows[row + r].range.to; block < back.to; ++block) store(to + block * kBlock, Lanes{});
-    own[r] = to;
+    own[r] = weights.of(row + r);
+    const Range& range = rows[row + r].range;
+    add_alone<T, kVectors, kRows>(at, own[r], range.first, std::min(from, range.at + 1), r, edges);
   }
-  Lanes chains[2][kRows][kVectors] = {};  // of even and of odd positions
+  Lanes chains[2][kRows][kVectors];
+  std::memcpy(chains, edges, sizeof chains);
   const auto add = [&](int odd, int64_t position) {
     for (int d = 0; d < kVectors; ++d) {
       const Lanes value = load(at[position] + d * kBlock);
       for (int r = 0; r < kRows; ++r) chains[odd][r][d] = chains[odd][r][d] + value * own[r][position];
     }
   };
-  int64_t position = front.first;
-  if (position & 1) add(1, position++);
-  for (; position < back.at; position += 2) {
+  int64_t position = from;
+  if (position < to && position & 1) add(1, position++);
+  for (; position + 1 < to; position += 2) {
     add(0, position);
     add(1, position + 1);
   }
-  if (position == back.at) add(0, position);
-  for (int r = 0; r < kRows; ++r)
-    for (int d = 0; d < kVectors; ++d) sums[r][d] = chains[0][r][d] + chains[1][r][d];
+  if (position < to) add(0, position);
+  std::memcpy(edges, chains, sizeof chains);
+  for (int r = 0; r < kRows; ++r) {
+    add_alone<T, kVectors, kRows>(at, own[r], std::max(to, rows[row + r].range.first), rows[row + r].range.at + 1, r,
+                                  edges);
+    for (int d = 0; d < kVectors; ++d) sums[r][d] = edges[0][r][d] + edges[1][r][d];
+  }
 }
 
 // Calls `done` with each row's number and its weighted sum.
@@ -485,6 +501,7 @@ void rows_of(const AttentionCall& c, const Piece& piece, int64_t head, Rows& row
 template <typename T, typename Function>
 int attend(const AttentionCall& c, Function attend_them) {
   if (!attend_them || c.group > kMostRows) return 1;
+  if (!c.sequences) return 0;
   std::vector<Piece> pieces;
   for (int64_t n = 0; n < c.sequences; ++n)
     for (const Piece& piece : pieces_of(c, n)) pieces.push_back(piece);
@@ -519,6 +536,7 @@ int attention_forward(const AttentionCall* c) {
 int attention_backward(const AttentionCall* c) {
   const auto add_gradients = FOR_DIM(c->dim, rows_gradients, );
   if (!add_gradients || c->is_bf16 || c->page_table || c->group > kMostRows) return 1;
+  if (!c->sequences) return 0;
   const int64_t parts = c->prefix_starts ? 1 : c->sequences, work = parts * c->heads, longest = longest_of(*c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c->threads, work)));
 #pragma omp parallel num_threads(threads) if (threads > 1)

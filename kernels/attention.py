@@ -19,6 +19,7 @@ operations run, one kernel each: right but not fast.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from rlhf.kernels import native
+from rlhf.kernels.first_order import first_order
 from rlhf.kernels.threads import serial
 
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
@@ -40,6 +42,8 @@ _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
 _NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
+_FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
+_MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
 _WORTH_THREADS = 1 << 22  # multiplications, from which on they are shared out
 
 
@@ -136,6 +140,14 @@ class Plan:
                 f"a context of {self.context_lens.max()} positions does not fit the page_table of "
                 f"{self.page_table.shape[1]} pages of {page_tokens} tokens"
             )
+
+    @functools.cached_property
+    def last_page(self) -> int:
+        """The largest number of a page that a context lies in; -1 without pages."""
+        if self.page_table is None or not len(self.context_lens):
+            return -1
+        used = -(-self.context_lens // self.page_tokens)
+        return int(self.page_table[np.arange(self.page_table.shape[1]) < used[:, None]].max())
 
     def layout(
         self, num_kv_heads: int, group: int, window: int | None, token_rows: int | None = None
@@ -300,7 +312,8 @@ def _mask(query_at: torch.Tensor, num_keys: int, window: int | None) -> torch.Te
     hidden = key_at > query_at
     if window is not None:
         hidden |= key_at <= query_at - window
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, _MASKED)
+    mask = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    return mask.masked_fill_(hidden, _MASKED)
 
 
 def packed_attention(
@@ -340,7 +353,11 @@ def attend_packed(
 ) -> torch.Tensor:
     """`packed_attention` with a plan that other layers share."""
     group = q.shape[1] // k.shape[1]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    _check(q, k, v, plan, window)
+    if not len(q):
+        return q.new_zeros(0, q.shape[1], v.shape[-1])
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
     if is_native(q, k, v, softcap):
         return _attend_native(q, k, v, plan, scale, window, sinks)
@@ -355,7 +372,18 @@ def write_kv(
     """Put k, v (N, Hkv, D) of N new tokens into pages (P, Hkv, page, D); slot = page * page_tokens + place in
     it.
     """
+    check_slots(slots, k_pages)
     write_rows(k_pages, v_pages, k, v, kv_rows(slots, k.shape[1], k_pages.shape[2]))
+
+
+def check_slots(slots: torch.Tensor, pages: torch.Tensor) -> None:
+    """Raise ValueError for slots (N,) that are not in the pages (P, Hkv, page, D)."""
+    places = pages.shape[0] * pages.shape[2]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < places:
+        raise ValueError(
+            f"slots from {int(slots.min())} to {int(slots.max())} for pages {tuple(pages.shape)}, which have places 0 "
+            f"to {places - 1}"
+        )
 
 
 def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
@@ -369,9 +397,11 @@ def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.T
 def write_rows(
     k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
 ) -> None:
-    """`write_kv` with rows from `kv_rows`."""
+    """`write_kv` with rows from `kv_rows`, of slots that `check_slots` has seen."""
+    if len(rows) != k.shape[0] * k.shape[1] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"{len(rows)} rows for k {tuple(k.shape)} and v {tuple(v.shape)}")
     for pages, x in ((k_pages, k), (v_pages, v)):
-        if x.device.type == "cpu" and native.library("attention") is not None:
+        if x.device.type == "cpu" and pages.is_contiguous() and native.library("attention") is not None:
             _write_native(pages, x, rows)
         else:
             pages.view(-1, x.shape[-1]).index_copy_(0, rows, _rows(x))
@@ -420,6 +450,9 @@ def attend_paged(
 ) -> torch.Tensor:
     """`paged_attention` with a plan that other layers share."""
     heads = k_pages.shape[1]
+    _check(q, k_pages, v_pages, plan, window)
+    if not len(q):
+        return q.new_zeros(0, q.shape[1], v_pages.shape[-1])
     if is_native(q, k_pages, v_pages, softcap):
         return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks)
     with torch.no_grad():
@@ -427,6 +460,26 @@ def attend_paged(
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
         out = _attend(table, k_pages, v_pages, layout, scale, softcap, sinks)
     return out.view(*q.shape[:2], v_pages.shape[-1])
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, window: int | None) -> None:
+    """Raise ValueError for what does not fit together; k and v (N, Hkv, D) or pages (P, Hkv, page, D)."""
+    num_rows = plan.num_tokens + plan.num_repeats
+    if len(q) != num_rows:
+        raise ValueError(f"q {tuple(q.shape)} has {len(q)} tokens, and the plan has {num_rows}")
+    if q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{shapes}: k and v need the same heads, which divide q's, and k q's size")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} lets a query see nothing; give 1 or more, or None")
+    if plan.page_table is None:
+        if len(k) < plan.num_tokens:
+            raise ValueError(f"k {tuple(k.shape)} has {len(k)} tokens, and the plan has {plan.num_tokens}")
+    elif k.shape[2] != plan.page_tokens or plan.last_page >= len(k):
+        raise ValueError(
+            f"pages {tuple(k.shape)} for a plan with pages of {plan.page_tokens} tokens, the last of them number "
+            f"{plan.last_page}"
+        )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -543,6 +596,8 @@ def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float 
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in _NATIVE_DIMS
         and softcap is None
+        and q.shape[1] // k.shape[1] <= _MOST_GROUP
+        and (k.dim() == 3 or (k.is_contiguous() and v.is_contiguous()))
         and native.library("attention") is not None
     )
 
@@ -592,7 +647,7 @@ def _attend_native(
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     if plan.page_table is None:
         k, v = _heads_together(k), _heads_together(v)
-    out = torch.empty(q.shape, dtype=torch.float32)
+    out = torch.empty(q.shape, **_FP32)
     call = _call(wide, k, v, plan, scale, window, out=out, sinks=sinks)
     failed = native.library("attention").attention_forward(ctypes.byref(call))
     assert not failed, f"attention.cpp has no forward for heads of {q.shape[-1]}"
@@ -622,8 +677,8 @@ def _gradients_native(
     """Gradients to q (N, Hq, D), k and v (N, Hkv, D) and sinks (Hq,) of packed attention, where `grad` is the result's."""
     wide = [_heads_together(x.detach().float()) for x in (q, k, v)]
     grad = grad.float().contiguous()
-    dq, dk, dv = torch.empty(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
-    dsinks = None if sinks is None else torch.empty(q.shape[:2])
+    dq, dk, dv = torch.empty(q.shape, **_FP32), torch.zeros(k.shape, **_FP32), torch.zeros(v.shape, **_FP32)
+    dsinks = None if sinks is None else torch.empty(q.shape[:2], **_FP32)
     sink_values = None if sinks is None else sinks.detach().float().contiguous()
     call = _call(*wide, plan, scale, window, sinks=sink_values, grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
     failed = native.library("attention").attention_backward(ctypes.byref(call))
@@ -708,6 +763,7 @@ class _PackedAttention(torch.autograd.Function):
         return out.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, sinks = ctx.saved_tensors
         if is_native(q, k, v, ctx.softcap):

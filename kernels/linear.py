@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlhf.kernels.first_order import first_order
+
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_PACKING = 256  # rows, from which on a weight is packed for one product
 _ROW_STEPS = ((16, 4), (32, 8), (512, 16), (1024, 128))
@@ -93,7 +95,8 @@ def linear(
     """
     if packed is None:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and needs_grad:
         return _PackedLinear.apply(x, weight, bias, packed)
     return packed_linear(x, packed, bias)
 
@@ -129,6 +132,7 @@ class _PackedLinear(torch.autograd.Function):
         return packed_linear(x, packed, bias)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])

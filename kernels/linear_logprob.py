@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlhf.kernels.first_order import first_order
 from rlhf.kernels.linear import linear
 from rlhf.kernels.logprob import (
     Temperature,
@@ -154,6 +155,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @first_order
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

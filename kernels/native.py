@@ -39,10 +39,15 @@ def library(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
-    built = _cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
-    if not built.is_file() and not _compile(compiler, source, built):
+    try:
+        built = _cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
+        if not built.is_file():
+            _compile(compiler, source, built)
+        return ctypes.CDLL(str(built))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        print(f"rlhf: {source.name} was not compiled, torch runs instead: {''.join(reason)}", file=sys.stderr)
         return None
-    return ctypes.CDLL(str(built))
 
 
 @functools.cache
@@ -79,9 +84,9 @@ def _cache_folder() -> Path:
 
 def _fingerprint(source: Path, compiler: str) -> str:
     """Of what the machine code depends on: a home folder may be shared by different machines."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S)
     headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
-    parts = (source.read_text(), *headers, " ".join(_FLAGS), version, platform.machine(), _cpu())
+    parts = (source.read_text(), *headers, " ".join(_FLAGS), asked.stdout, platform.machine(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -94,19 +99,13 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)}))
 
 
-def _compile(compiler: str, source: Path, target: Path) -> bool:
-    """Whether it could be done; processes that do it at the same time get in nobody's way."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            draft = Path(folder) / target.name
-            command = [compiler, *_FLAGS, str(source), "-o", str(draft)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-            if done.returncode == 0:
-                os.replace(draft, target)
-                return True
-            reason = done.stderr.strip().splitlines()[:1]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = [str(error)]
-    print(f"rlhf: {source.name} was not compiled, torch runs instead: {''.join(reason)}", file=sys.stderr)
-    return False
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    """Processes that do it at the same time get in nobody's way. Raises RuntimeError with what the compiler said."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        draft = Path(folder) / target.name
+        command = [compiler, *_FLAGS, str(source), "-o", str(draft)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        os.replace(draft, target)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlhf.kernels import native
+from rlhf.kernels.first_order import first_order
 from rlhf.kernels.threads import serial, worth
 
 
@@ -21,18 +22,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     differentiable in both. The mean is taken in fp32 (fp64 for fp64). Zhang & Sennrich 2019, arXiv 1910.07467.
     Without gradient x may be (N, heads, H) with heads beside others in memory and weight (heads, H).
     """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RmsNorm.apply(x, weight, eps)
-    return _forward(x, weight, eps)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if weight.shape != x.shape[-1:] and (needs_grad or weight.shape != x.shape[-2:]):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} for x {tuple(x.shape)}; it must be {tuple(x.shape[-1:])}, or without gradient "
+            f"{tuple(x.shape[-2:])}"
+        )
+    return _RmsNorm.apply(x, weight, eps) if needs_grad else _forward(x, weight, eps)
 
 
 def add_rms_norm(x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (N, H) += change (N, H), and `rms_norm` of the sum, in its bits. No gradient; x lies together in memory."""
-    if _is_native(x, weight) and change.dtype == x.dtype:
+    """x (N, H) += change (N, H), and `rms_norm` of the sum, in its bits. No gradient."""
+    if x.shape != change.shape or weight.shape != x.shape[-1:]:
+        shapes = f"x {tuple(x.shape)}, change {tuple(change.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}: x and change must be alike, and weight one row of them")
+    if _is_native(x, weight) and change.dtype == x.dtype and x.is_contiguous():
         return _native(x, weight, eps, change=change.contiguous())
     with serial(x.numel()):
         x += change
     return _forward(x, weight, eps)
+
+
+def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` in torch operations, with the stock module's bits; no gradient."""
+    return _torch(x, weight, eps)[0]
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -54,7 +67,7 @@ def _native(
         x = x.contiguous()
     weight = weight.contiguous()  # a name keeps it alive during the call
     tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     run = native.function("norm", "rms_norm_forward", "ppppiiiiifii")
     run(
         x.data_ptr(),
@@ -78,8 +91,8 @@ def _native_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     width = x.shape[-1]
     x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    dw = torch.zeros(width) if needs[1] else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs[0] else None
+    dw = torch.zeros(width, dtype=torch.float32, device="cpu") if needs[1] else None
     run = native.function("norm", "rms_norm_backward", "pppppiifii")
     run(
         *(None if t is None else t.data_ptr() for t in (x, weight, grad, dx, dw)),
@@ -117,7 +130,7 @@ def _torch_gradients(
     grad_x = grad_weight = None
     per_weight = wide * normal
     if needs[1]:
-        grad_weight = per_weight.flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = per_weight.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if needs[0]:
         mean = per_weight.mul_(weight).mean(-1, keepdim=True)
         grad_x = (wide * weight).sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
@@ -136,6 +149,7 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *scale = ctx.saved_tensors
         if scale:

@@ -12,22 +12,36 @@ from typing import Any
 import torch
 
 from rlhf.kernels import native
+from rlhf.kernels.first_order import first_order
 from rlhf.kernels.threads import serial, worth
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (N, heads, D), of which each half-pair (a, b) = (x[i], x[i + D/2]) becomes (a cos_i - b sin_i, b cos_(i + D/2) +
     a sin_(i + D/2)); cos, sin (N, D) -> (N, heads, D), differentiable in x. Su et al. 2021, arXiv 2104.09864."""
+    _check(x, cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotate.apply(x, cos, sin)
     return _rotate(x, cos, sin)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` in place, without gradient, in its bits; a token's heads lie together, other numbers may lie between tokens."""
-    if native.serves("rotary", x.shape[-1], x, cos, sin):
+    """`rotate` in place, without gradient, in its bits."""
+    _check(x, cos, sin)
+    if native.serves("rotary", x.shape[-1], x, cos, sin) and _heads_together(x):
         return _native(x, cos, sin, out=x)
-    return x.copy_(_torch(x, cos, sin))
+    return x.copy_(_rotate(x, cos, sin))
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if x.dim() != 3 or not cos.shape == sin.shape == (x.shape[0], x.shape[2]) or x.shape[2] % 2:
+        shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"{shapes}: x must be (N, heads, D) with an even D, cos and sin (N, D)")
+
+
+def _heads_together(x: torch.Tensor) -> bool:
+    """Whether each token's heads lie beside each other in memory."""
+    return x.stride()[1:] == (x.shape[-1], 1)
 
 
 def _rotate(
@@ -35,9 +49,9 @@ def _rotate(
 ) -> torch.Tensor:
     if not native.serves("rotary", x.shape[-1], x, cos, sin):
         return _torch(x, cos, sin, transposed=transposed)
-    if x.stride()[1:] != (x.shape[-1], 1):
-        x = x.contiguous()
-    return _native(x, cos, sin, out=torch.empty(x.shape, dtype=x.dtype), transposed=transposed)
+    x = x if _heads_together(x) else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    return _native(x, cos, sin, out=out, transposed=transposed)
 
 
 def _native(
@@ -86,5 +100,6 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _rotate(grad, *ctx.saved_tensors, transposed=True), None, None

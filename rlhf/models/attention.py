@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.kernels.attention import Plan, attend_packed, attend_paged, kv_rows, write_rows
+from rlhf.kernels.attention import Plan, attend_packed, attend_paged, check_slots, kv_rows, write_rows
 
 NAME = "rlhf"
 
@@ -92,6 +92,8 @@ class PagedContext:
             num_repeats=len(self.slots) - int(starts[-1]),
             device=self.slots.device,
         )
+        if self.slots.device.type == "cpu":  # elsewhere it would wait for the device
+            check_slots(self.slots, self.k_pages[0])
         self._rows = {heads: kv_rows(self.slots, heads, page_tokens)}
 
     def attend(

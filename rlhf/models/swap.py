@@ -19,7 +19,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from rlhf.kernels.activation import gelu_tanh, silu, swiglu
 from rlhf.kernels.linear import PackedWeight
-from rlhf.kernels.norm import rms_norm
+from rlhf.kernels.norm import rms_norm, stock_form
 from rlhf.kernels.rotary import rotate
 from rlhf.models.linear import InvariantLinear
 
@@ -61,12 +61,12 @@ def swap_modules(model: nn.Module) -> int:
     """Put our forms in their places; returns the number of linears. Call it after adapters are added: subclasses of
     `nn.Linear` have a forward of their own and stay as they are."""
     count = 0
-    tried: dict[type, type] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in tried:
-            tried[kind] = _ours(module)
-        module.__class__ = tried[kind]
+    tried: dict[tuple[type, type], type] = {}
+    for module in list(model.modules()):
+        kind, inner = type(module), type(module._modules.get("act_fn"))
+        if (kind, inner) not in tried:
+            tried[kind, inner] = _ours(module)
+        module.__class__ = tried[kind, inner]
         if kind is nn.Linear:
             module._packed = PackedWeight()
         count += isinstance(module, InvariantLinear)
@@ -90,15 +90,26 @@ def _ours(module: nn.Module) -> type:
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
-    """Whether a module computes what `rms_norm` does, to fp32 rounding (Gemma's multiplies by 1 + weight)."""
+    """Whether a module computes what `rms_norm` does: to rounding in fp32 (Gemma's multiplies by 1 + weight), and with
+    the same roundings in bf16 (OLMo's multiplies before it rounds)."""
     if set(norm._parameters) != {"weight"} or not isinstance(norm.__dict__.get("variance_epsilon"), float):
         return False
     generator = torch.Generator().manual_seed(0)
-    size = (norm.weight.numel(),)
+    size, eps = (norm.weight.numel(),), norm.variance_epsilon
+    if not size[0]:  # a partition of it is elsewhere
+        return False
     weight, x = torch.randn(size, generator=generator), torch.randn((3, *size), generator=generator) * 0.01
+
+    def stock(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
     with torch.no_grad():
-        stock = torch.func.functional_call(norm, {"weight": weight}, (x,))
-    return _same(rms_norm(x, weight, norm.variance_epsilon), stock)
+        if not _same(rms_norm(x, weight, eps), stock(weight, x)):
+            return False
+        x = x.bfloat16()
+        weights = (weight.bfloat16(), weight)
+        pairs = [(stock_form(x, w, eps), stock(w, x)) for w in weights]
+    return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def _is_gated_mlp(mlp: nn.Module) -> bool:
@@ -138,7 +149,18 @@ def _with_our_rotation(kind: type) -> type:
     names = forward.__globals__ | {_ROTATION: _rotation(stock)}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": ours, "__module__": __name__, "__doc__": kind.__doc__})
+    own = {"forward": ours, "__reduce_ex__": _reduce, "__module__": __name__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For pickle, which cannot find a class that was made here by its name."""
+    return _rebuild, (type(module).__mro__[1],), module.__dict__
+
+
+def _rebuild(kind: type) -> nn.Module:
+    ours = _with_our_rotation(kind)
+    return ours.__new__(ours)
 
 
 def _rotation(stock: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -146,7 +168,8 @@ def _rotation(stock: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, to
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q (B, Hq, T, D), k (B, Hkv, T, D), cos and sin (B or 1, T, D) -> q and k rotated."""
-        if rest or named or cos.shape[-1] != q.shape[-1]:  # other layouts, or a part of each head
+        # other layouts, a part of each head, or a result in another dtype
+        if rest or named or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
             return stock(q, k, cos, sin, *rest, **named)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
 

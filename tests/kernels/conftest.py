@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from rlhf.kernels import native
+from rlhf.kernels import native, threads
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -11,3 +12,13 @@ def form(request, monkeypatch):
     elif native.library("attention") is None:
         pytest.skip("no C++ compiler")
     return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def shared_out(request, monkeypatch):
+    """That many threads, for work of any size."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "_SMALL", 0)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -99,16 +99,77 @@ def test_gradient_of_whole_sequences():
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"sinks": True}], ids=str)
 def test_every_head_size_in_fp32(dim, options):
     """Would catch: lanes in a wrong order, a masked lane that counts, an exponential that is off."""
-    inputs = make(LENGTHS, (4, 2), torch.float64, dim=dim)
-    narrow = [t.float().requires_grad_() for t in inputs]
-    options = with_sinks(options, 4, torch.float64)
-    got = packed_attention(*narrow, ends(LENGTHS), scale=0.5, **options)
-    want = slow(*inputs, LENGTHS, 0.5, **options)
-    assert torch.allclose(got.double(), want, atol=2e-5)
-    grads = torch.autograd.grad(got, narrow, torch.ones_like(got))
-    inputs = [t.requires_grad_() for t in inputs]
-    slow_grads = torch.autograd.grad(slow(*inputs, LENGTHS, 0.5, **options), inputs, torch.ones_like(want))
-    assert all(torch.allclose(a.double(), b, atol=2e-4) for a, b in zip(grads, slow_grads))
+    compare_with_slow(make(LENGTHS, (4, 2), torch.float64, dim=dim), torch.float32, options, 2e-5, 2e-4)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (16, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_and_bf16(dtype, heads):
+    """Would catch: rows of a group taken for queries, gradients of bf16 that are added up in bf16."""
+    inputs = [x.to(dtype).double() for x in make(LENGTHS, heads, torch.float64, dim=32)]
+    tolerances = (2e-5, 2e-4) if dtype == torch.float32 else (2e-2, 2e-1)
+    compare_with_slow(inputs, dtype, {"window": 20, "sinks": True}, *tolerances)
+
+
+def compare_with_slow(inputs, dtype, options, tolerance, grad_tolerance):
+    """Values and gradients of q, k, v and the sinks against the definition in float64."""
+    wide = [*inputs, with_sinks(options, inputs[0].shape[1], torch.float64).get("sinks")]
+    wide = [x.requires_grad_() for x in wide if x is not None]
+    narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
+
+    def of(x):
+        return options | {"sinks": x[3]} if len(x) > 3 else options
+
+    got = packed_attention(*narrow[:3], ends(LENGTHS), scale=0.5, **of(narrow))
+    want = slow(*wide[:3], LENGTHS, 0.5, **of(wide))
+    assert torch.allclose(got.double(), want, atol=tolerance)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(got, narrow, grad.to(got.dtype))
+    for a, b in zip(found, torch.autograd.grad(want, wide, grad.to(got.dtype).double())):
+        assert torch.allclose(a.double(), b, atol=grad_tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_change_no_bit(shared, monkeypatch):
+    """Would catch: rows that two threads write, or gradients in the order in which threads come."""
+    monkeypatch.setattr(attention, "_WORTH_THREADS", 0)
+    q, k, v = (x.requires_grad_() for x in make(LENGTHS, (4, 2), dim=48))
+    lens = np.asarray(LENGTHS)
+    plan = Plan(lens, lens)
+    if shared:  # all but the first go on from its first three tokens
+        plan = Plan(lens, lens + np.where(np.arange(len(lens)), 3, 0), prefix_starts=np.zeros(len(lens), int))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = attention.attend_packed(q, k, v, plan, scale=0.3)
+            found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_sinks_alone_are_trained():
+    """Would catch: a result without gradient where everything but the sinks is frozen."""
+    q, k, v = make([5, 9], (4, 2))
+    sinks = torch.zeros(4, requires_grad=True)
+    packed_attention(q, k, v, [0, 5, 14], scale=0.3, sinks=sinks).square().sum().backward()
+    assert sinks.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_the_arithmetics(dtype):
+    """Would catch: memory of another size than it is written with."""
+    q, k, v = (x.requires_grad_() for x in make([50, 9], (4, 2), dim=32))
+    results = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            out = packed_attention(q, k, v, [0, 50, 59], scale=0.3, sinks=torch.ones(4, dtype=torch.float32))
+            results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_scores_far_apart_and_all_equal():
@@ -260,6 +321,20 @@ def test_other_sequences_are_not_touched_by_nan():
     assert torch.equal(got[keep], expected[keep]) and torch.isnan(got[7:19]).all()
 
 
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_what_a_row_does_not_see_does_not_reach_it(window, form):
+    """Would catch: rows that are worked on together and multiply another's value by 0."""
+    if form == "torch":
+        pytest.skip("masked values are multiplied by 0 there")
+    q, k, v = make([40], (4, 2), dim=32)
+    expected = packed_attention(q, k, v, [0, 40], scale=0.3, window=window)
+    v[20] = float("inf")
+    got = packed_attention(q, k, v, [0, 40], scale=0.3, window=window)
+    sees = torch.zeros(40, dtype=torch.bool)
+    sees[20 : 40 if window is None else 20 + window] = True
+    assert torch.equal(got[~sees], expected[~sees]) and not torch.isfinite(got[sees]).any()
+
+
 def test_impossible_plans_are_refused():
     """Would catch: a sequence without queries, or contexts that the pack cannot hold."""
     with pytest.raises(ValueError, match="at least one query"):
@@ -270,3 +345,26 @@ def test_impossible_plans_are_refused():
         Plan([1], [2], page_table=[[0]], page_tokens=24)
     with pytest.raises(ValueError, match="33 positions does not fit the page_table of 2 pages of 16"):
         Plan([1, 1], [3, 33], page_table=[[0, 1], [2, 3]], page_tokens=16)
+
+
+def test_what_does_not_fit_the_plan_is_refused():
+    """Would catch: memory beyond a tensor's end, read or written."""
+    q, k, v = make([8], (4, 2))
+    for count in (7, 9):
+        with pytest.raises(ValueError, match=f"8 tokens, and the plan has {count}"):
+            packed_attention(q, k, v, [0, count], scale=0.3)
+    with pytest.raises(ValueError, match="window=0 lets a query see nothing"):
+        packed_attention(q, k, v, [0, 8], scale=0.3, window=0)
+    with pytest.raises(ValueError, match="need the same heads"):
+        packed_attention(q[:, :3], k, v, [0, 8], scale=0.3)
+    pages = torch.zeros(2, 2, 16, 16)
+    with pytest.raises(ValueError, match="the last of them number 2"):
+        paged_attention(q[:1], pages, pages, np.asarray([[2]]), [1], [0, 1], scale=0.3)
+    with pytest.raises(ValueError, match="slots from 5 to 32 .* places 0 to 31"):
+        write_kv(pages, pages.clone(), k[:2], v[:2], torch.tensor([5, 32]))
+
+
+def test_nothing_at_all_is_nothing():
+    """Would catch: a step without tokens that ends the process."""
+    empty = torch.zeros(0, 4, 16)
+    assert attention.attend_packed(empty, empty, empty, Plan([], []), scale=1.0).shape == empty.shape

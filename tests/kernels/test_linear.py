@@ -107,3 +107,11 @@ def test_a_model_may_write_into_the_result(shape):
     out += 1
     out.sum().backward()
     assert torch.equal(x.grad, torch.full(shape, 32.0))
+
+
+def test_a_bias_alone_is_trained():
+    """Would catch: frozen weights whose bias gets no gradient."""
+    bias = torch.zeros(32, requires_grad=True)
+    weight = torch.ones(32, 48)
+    linear(torch.ones(5, 48), weight, bias, pack(weight)).sum().backward()
+    assert torch.equal(bias.grad, torch.full((32,), 5.0))

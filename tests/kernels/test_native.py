@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.kernels import native
 
-PROGRAM = "from rlhf.kernels import native; print(native.library('attention') is not None)"
+PROGRAM = "from rlhf.kernels import native; print(native.library('activation') is not None)"
 
 
 def has_library(cache: Path, **env: str) -> tuple[bool, str]:
@@ -51,7 +51,18 @@ def test_a_compiler_that_fails_is_named_once_and_not_fatal(tmp_path):
     compiler.chmod(0o755)
     found, said = has_library(tmp_path / "cache", PATH=f"{compiler.parent}:/usr/bin:/bin")
     assert not found and not files(tmp_path / "cache")
-    assert said.strip() == "rlhf: attention.cpp was not compiled, torch runs instead: cc1plus: no such thing"
+    assert said.strip() == "rlhf: activation.cpp was not compiled, torch runs instead: cc1plus: no such thing"
+
+
+def test_a_library_that_cannot_be_loaded_is_not_fatal(tmp_path):
+    """Would catch: a file in the cache that another tool put there, or a cache that may hold no programs, that ends every run."""
+    if native.library("attention") is None:
+        pytest.skip("no C++ compiler")
+    has_library(tmp_path)
+    (built,) = files(tmp_path)
+    built.write_bytes(b"not a library")
+    found, said = has_library(tmp_path)
+    assert not found and "activation.cpp was not compiled, torch runs instead" in said
 
 
 def test_form_names_what_runs(monkeypatch):

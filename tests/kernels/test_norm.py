@@ -56,19 +56,31 @@ def test_gradient_in_float64():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 48, 100, 192])
-def test_row_does_not_depend_on_number_of_rows(width, dtype):
+def test_row_does_not_depend_on_number_of_rows(width, dtype, shared_out):
     """Would catch: a reduction whose order depends on how rows are shared among threads."""
     x, weight = make((1000, width), dtype)
+    want = stock_norm(weight)(x).detach()
+    whole = rms_norm(x, weight, EPS)
+    assert torch.allclose(whole, want, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
+    for rows in (1, 7, 256):
+        parts = torch.cat([rms_norm(part, weight, EPS) for part in x.split(rows)])
+        assert torch.equal(whole, parts), rows
+
+
+def test_gradients_on_any_number_of_threads(shared_out, form):
+    """Would catch: a weight's gradient that two threads add to, or a part of the rows left out."""
+    x, weight = (t.requires_grad_() for t in make((1000, 64), torch.float32))
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), grad)
     before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            whole = rms_norm(x, weight, EPS)
-            for rows in (1, 7, 256):
-                parts = torch.cat([rms_norm(part, weight, EPS) for part in x.split(rows)])
-                assert torch.equal(whole, parts), (threads, rows)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    want = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), grad)
+    torch.set_num_threads(before)
+    if form == "native":
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    norm = stock_norm(weight.detach())
+    wanted = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(got, wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,3 +115,35 @@ def test_frozen_weight_and_frozen_input():
     weight.requires_grad_()
     rms_norm(x, weight, EPS).sum().backward()
     assert weight.grad is not None and torch.isfinite(weight.grad).all()
+
+
+def test_weights_of_one_number_a_row_and_strided_ones():
+    """Would catch: a copy of the weight that is gone before it is read; a gradient that one dimension breaks."""
+    x, weight = make((4, 32), torch.float32)
+    strided = torch.stack([weight, weight + 1], 1)[:, 0]
+    assert torch.equal(rms_norm(x, strided, EPS), rms_norm(x, weight, EPS))
+    weight.requires_grad_()
+    rms_norm(x[0], weight, EPS).sum().backward()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_what_does_not_fit_is_refused():
+    """Would catch: memory beyond a weight's end; an addition to a copy; gradients of one head's weight for all."""
+    x, weight = make((4, 6, 32), torch.float32)
+    with pytest.raises(ValueError, match=r"weight \(31,\) for x \(4, 6, 32\)"):
+        rms_norm(x, weight[:31], EPS)
+    with pytest.raises(ValueError, match=r"weight \(6, 32\)"):
+        rms_norm(x, weight.expand(6, -1).clone().requires_grad_(), EPS)
+    with pytest.raises(ValueError, match="x and change must be alike"):
+        add_rms_norm(x[:, 0], x[:2, 0], weight, EPS)
+    apart = x[:, 0]
+    total = apart + 1
+    got = add_rms_norm(apart, torch.ones(4, 32), weight, EPS)
+    assert torch.equal(apart, total) and torch.equal(got, rms_norm(total, weight, EPS))
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """Would catch: a penalty on gradients that loses its term in silence."""
+    x, weight = (t.requires_grad_() for t in make((4, 32), torch.float32))
+    with pytest.raises(RuntimeError, match="has no gradient of its own, which create_graph=True asks for"):
+        torch.autograd.grad(rms_norm(x, weight, EPS).sum(), x, create_graph=True)

@@ -36,7 +36,7 @@ def test_values_and_gradients_of_transformers(dim, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", DIMS)
-def test_in_place_alone_and_among_others_give_the_same_bits(dim, dtype):
+def test_in_place_alone_and_among_others_give_the_same_bits(dim, dtype, shared_out):
     """Would catch: an engine that rotates q and k at once, where they lie beside v, and gets other numbers."""
     x, cos, sin, _ = make(300, 6, dim, dtype)
     apart = [rotate(part.contiguous(), cos, sin) for part in (x[:, :3], x[:, 3:5])]
@@ -45,3 +45,15 @@ def test_in_place_alone_and_among_others_give_the_same_bits(dim, dtype):
     v = x[:, 5].clone()
     rotate_(x[:, :5], cos, sin)
     assert torch.equal(x[:, :5], torch.cat(apart, 1)) and torch.equal(x[:, 5], v)
+
+
+def test_heads_apart_in_memory_and_shapes_that_do_not_fit():
+    """Would catch: numbers between the heads that are rotated too; memory beyond the end of cos."""
+    x, cos, sin, _ = make(5, 6, 32, torch.float32)
+    every_other, between = x[:, ::2], x[:, 1::2].clone()
+    want = rotate(every_other.contiguous(), cos, sin)
+    assert torch.equal(rotate(every_other, cos, sin), want)
+    rotate_(every_other, cos, sin)
+    assert torch.equal(x[:, ::2], want) and torch.equal(x[:, 1::2], between)
+    with pytest.raises(ValueError, match=r"x \(5, 6, 32\), cos \(4, 32\)"):
+        rotate(x, cos[:4], sin[:4])

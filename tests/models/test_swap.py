@@ -1,6 +1,7 @@
 """Our forms of a model's modules: the same numbers, only where they were tried, and nothing else of the model changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_twice_is_once_and_a_copy_is_whole(stock):
     assert [type(m) for m in model.modules()] == kinds == [type(m) for m in copy.deepcopy(model).modules()]
 
 
+def test_a_swapped_model_can_be_pickled(stock):
+    """Would catch: classes made here that pickle cannot find by name."""
+    model = stock("qwen3")
+    swap_modules(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    ids = torch.arange(5)[None]
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_norms_that_round_elsewhere_stay():
+    """Would catch: OLMo's norm, which multiplies before it rounds, run as Llama's in bf16."""
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    model = torch.nn.Sequential(Olmo2RMSNorm(16))
+    swap_modules(model)
+    assert type(model[0]) is Olmo2RMSNorm
+
+
 def test_an_mlp_is_tried_and_not_taken_by_its_names():
     """Would catch: trust in four names."""
 
@@ -83,6 +103,13 @@ def test_an_mlp_is_tried_and_not_taken_by_its_names():
 
     class Config:
         hidden_size, intermediate_size, mlp_bias, hidden_act = 8, 16, False, "silu"
+
+    class Tanh(Config):
+        hidden_act = "gelu_pytorch_tanh"
+
+    both = torch.nn.Sequential(LlamaMLP(Config()), LlamaMLP(Tanh()))
+    swap_modules(both)
+    assert [type(m) for m in both] == [GatedMLP, LlamaMLP]
 
     for kind, wanted in ((LlamaMLP, GatedMLP), (Shifted, Shifted), (Wanting, Wanting)):
         model = torch.nn.Sequential(kind(Config()))
