@@ -436,10 +436,10 @@ def main() -> None:
                     results.append(result)
                     print(line(result), flush=True)
     if args.out:
-        print(write(args.out, results, args.steps))
+        print(write(args.out, results, args.steps, args.sizes))
 
 
-def write(out: Path, results: list[dict[str, Any]], steps: int) -> Path:
+def write(out: Path, results: list[dict[str, Any]], steps: int, sizes: list[str]) -> Path:
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine() | {"threads": 1, "trl": version("trl")},  # threads: of each side
@@ -453,7 +453,7 @@ def write(out: Path, results: list[dict[str, Any]], steps: int) -> Path:
         "results": results,
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"train_vs_trl-{report['date']}.json"
+    path = out / f"train_vs_trl-{'-'.join(sizes)}-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
 
