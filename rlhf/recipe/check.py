@@ -373,7 +373,8 @@ def _unknown(node: Node, path: PathKey) -> tuple[Problem, Node, set[PathKey]]:
         moved = _move(without, targets[0], at)
         if moved is not None:
             return problem, moved, set()
-    return problem, without, {tuple(t[: t.index("*")]) if "*" in t else t for t in targets}
+    open_ends = {tuple(t[: t.index("*")]) if "*" in t else t for t in targets}
+    return problem, without, {t for t in open_ends if "*" in t or without.find(t) is None}  # what is stated is known
 
 
 def _move(node: Node, target: PathKey, value: Node) -> Node | None:

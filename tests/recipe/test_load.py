@@ -582,3 +582,9 @@ def test_a_stage_that_is_not_there_is_reported_with_the_rest(write):
     }
     wrong = wrong.replace("method: sft", "method: sfft").replace("warmupp", "warmup")
     assert [key for _, key in found(write(wrong))] == ["stages.warmup.method", "stages.grpo.trainer.steps"]
+
+
+def test_a_typo_beside_the_key_it_may_have_meant_hides_nothing(write):
+    # Catches: a stated value taken for unknown because a misspelt neighbour is near it.
+    wrong = STAGED.replace("{group_size: 4}", "{group_sise: 4, group_size: 1}")
+    assert {p.key for p in problems(write(wrong))} == {"rollout.group_sise", "rollout.group_size"}
