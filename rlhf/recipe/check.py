@@ -373,8 +373,9 @@ def _unknown(node: Node, path: PathKey) -> tuple[Problem, Node, set[PathKey]]:
         moved = _move(without, targets[0], at)
         if moved is not None:
             return problem, moved, set()
-    open_ends = {tuple(t[: t.index("*")]) if "*" in t else t for t in targets}
-    return problem, without, {t for t in open_ends if "*" in t or without.find(t) is None}  # what is stated is known
+    unclear = {tuple(t[: t.index("*")]) for t in targets if "*" in t}
+    unclear |= {t for t in targets if "*" not in t and without.find(t) is None}  # what is stated is known
+    return problem, without, unclear
 
 
 def _move(node: Node, target: PathKey, value: Node) -> Node | None:
