@@ -40,12 +40,16 @@ class Stated:
 
 @dataclass(frozen=True)
 class Checked:
-    recipe: Recipe | None  # None if anything is wrong with it
     repaired: Recipe  # with defaults in place of what is wrong
     dropped: Set[PathKey]  # what they are in place of
     problems: list[Problem]
     warnings: list[Problem]  # of a recipe that can be run, but does less than it says
     unread: list[Stated]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """None if anything is wrong with it."""
+        return None if self.problems else self.repaired
 
 
 def check(root: Node, look_up: LookUp | None = None) -> Checked:
@@ -78,9 +82,9 @@ def check(root: Node, look_up: LookUp | None = None) -> Checked:
         problems += _placed(node, look_up(recipe), dropped)
     ignored = _unread(node, recipe, problems, dropped)
     if problems:
-        return Checked(None, recipe, dropped, problems, [], ignored)
+        return Checked(recipe, dropped, problems, [], ignored)
     warnings = _inconsistent(node, list(rules.warnings(recipe)), dropped)
-    return Checked(recipe, recipe, dropped, [], warnings, ignored)
+    return Checked(recipe, dropped, [], warnings, ignored)
 
 
 def _unread(node: Node, recipe: Recipe, problems: Sequence[Problem], dropped: set[PathKey]) -> list[Stated]:

@@ -189,9 +189,9 @@ def _plan(root: Node, source: str | None, problems: list[Problem], look_up: Look
             stages.append(Stage(name or result.recipe.method, result.recipe, expressions))
     problems.extend(_name_stages(found))
     problems.extend(_never_read(checked, source))
-    problems.extend(_outputs(checked))
     if not problems:
         problems.extend(_not_shared(root, stages))
+    problems.extend(_outputs(checked))
     if problems:
         raise RecipeError(problems)
     warnings = _name_stages({name: result.warnings for name, _, result in checked})

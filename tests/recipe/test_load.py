@@ -588,3 +588,14 @@ def test_a_typo_beside_the_key_it_may_have_meant_hides_nothing(write):
     # Catches: a stated value taken for unknown because a misspelt neighbour is near it.
     wrong = STAGED.replace("{group_size: 4}", "{group_sise: 4, group_size: 1}")
     assert {p.key for p in problems(write(wrong))} == {"rollout.group_sise", "rollout.group_size"}
+
+
+def test_a_stage_that_is_not_there_and_sections_that_differ_are_one_report(write):
+    # Catches: one of the two checks between stages hiding the other.
+    wrong = STAGED.replace(
+        "trainer: {steps: 7}", "run: {seed: 5}\n    model: {path: 'stage:warmupp', build: null}"
+    )
+    messages = [p.message for p in problems(write(wrong))]
+    assert any("share `run`" in m for m in messages) and any(
+        "no earlier stage 'warmupp'" in m for m in messages
+    )
