@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from rlhf.kernels import native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.layout import wide
 from rlhf.kernels.threads import serial, worth
 
 _VECTOR = 64  # elements that a fused kernel takes in one turn of its loop, at most
@@ -94,20 +95,16 @@ def _has_no_remainder(x: torch.Tensor) -> bool:
     return x.shape[-1] % (_VECTOR * math.lcm(*range(1, torch.get_num_threads() + 1))) == 0
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _silu(x: torch.Tensor) -> torch.Tensor:
-    wide = _wide(x)
-    return wide.div(wide.neg().exp_().add_(1)).to(x.dtype)
+    x_wide = wide(x)
+    return x_wide.div(x_wide.neg().exp_().add_(1)).to(x.dtype)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    wide = _wide(x)
-    inner = wide.mul(wide).mul_(wide).mul_(0.044715)
-    inner.add_(wide).mul_(math.sqrt(2 / math.pi))
-    return inner.tanh_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
+    x_wide = wide(x)
+    inner = x_wide.mul(x_wide).mul_(x_wide).mul_(0.044715)
+    inner.add_(x_wide).mul_(math.sqrt(2 / math.pi))
+    return inner.tanh_().add_(1).mul_(x_wide).mul_(0.5).to(x.dtype)
 
 
 class _Silu(torch.autograd.Function):

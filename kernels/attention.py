@@ -30,6 +30,7 @@ import torch
 
 from rlhf.kernels import native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.layout import compute_dtype, heads_together, wide
 from rlhf.kernels.threads import serial
 
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
@@ -507,13 +508,9 @@ def _runs(x: torch.Tensor, run: int) -> torch.Tensor:
     return x.view(-1, run * dim)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _gather(table: torch.Tensor, rows: torch.Tensor, *shape: int) -> torch.Tensor:
     """Rows of a table in the dtype of the arithmetic."""
-    return table.index_select(0, rows).view(shape).to(_compute_dtype(table.dtype))
+    return wide(table.index_select(0, rows).view(shape))
 
 
 _scratch_buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
@@ -536,7 +533,7 @@ def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: 
     place = _scratch(name, (rows.shape[0], table.shape[1]), table.dtype, table.device)
     with serial(place.numel()):
         torch.index_select(table, 0, rows, out=place)
-    dtype = _compute_dtype(table.dtype)
+    dtype = compute_dtype(table.dtype)
     if dtype != table.dtype:
         place = _scratch(name, place.shape, dtype, table.device).copy_(place)
     return place.view(shape)
@@ -553,7 +550,7 @@ def _attend(
 ) -> torch.Tensor:
     """q a table of rows of D; k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N*Hq, Dv). No gradient."""
     heads, v_dim = k.shape[1], v.shape[-1]
-    dtype, device, dim = _compute_dtype(q_rows.dtype), q_rows.device, q_rows.shape[-1]
+    dtype, device, dim = compute_dtype(q_rows.dtype), q_rows.device, q_rows.shape[-1]
     flat = _scratch("out", (layout.num_rows, v_dim), dtype, device)
     for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
         batch = block.num_pieces * heads
@@ -606,16 +603,21 @@ def _call(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     plan: Plan,
     scale: float,
     window: int | None,
     **tensors: torch.Tensor | None,
 ) -> _Call:
-    """q (N', Hq, D) fp32; k, v (N, Hkv, D) or pages (P, Hkv, page, D). The tensors must outlive the call."""
+    """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D); sinks (Hq,). It keeps what it points to alive."""
     num_heads, dim = k.shape[1], q.shape[-1]
-    pointers = {"q": q, "k": k, "v": v} | {name: x for name, x in tensors.items() if x is not None}
-    return _Call(
-        **{name: x.data_ptr() for name, x in pointers.items()},
+    q = heads_together(q.detach().float())
+    if plan.page_table is None:
+        k, v = heads_together(k.detach()), heads_together(v.detach())
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    held = {"q": q, "k": k, "v": v, "sinks": sinks, **tensors}
+    call = _Call(
+        **{name: x.data_ptr() for name, x in held.items() if x is not None},
         **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
         sequences=len(plan.query_lens),
         heads=num_heads,
@@ -631,6 +633,13 @@ def _call(
         is_bf16=k.dtype == torch.bfloat16,
         scale=scale,
     )
+    call.held = held, plan
+    return call
+
+
+def _run(function: str, call: _Call) -> None:
+    failed = getattr(native.library("attention"), function)(ctypes.byref(call))
+    assert not failed, f"attention.cpp has no {function} for heads of {call.dim}"
 
 
 def _attend_native(
@@ -643,21 +652,15 @@ def _attend_native(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N', Hq, D). No gradient."""
-    wide = _heads_together(q.detach().float())
-    sinks = None if sinks is None else sinks.detach().float().contiguous()
-    if plan.page_table is None:
-        k, v = _heads_together(k), _heads_together(v)
     out = torch.empty(q.shape, **_FP32)
-    call = _call(wide, k, v, plan, scale, window, out=out, sinks=sinks)
-    failed = native.library("attention").attention_forward(ctypes.byref(call))
-    assert not failed, f"attention.cpp has no forward for heads of {q.shape[-1]}"
+    _run("attention_forward", _call(q, k, v, sinks, plan, scale, window, out=out))
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
     return out.to(q.dtype)
 
 
 def _write_native(pages: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
-    x, size = _heads_together(x.to(pages.dtype)), pages.element_size()
+    x, size = heads_together(x.to(pages.dtype)), pages.element_size()
     tokens, heads, dim = x.shape
     write = native.function("attention", "write_rows", "pppiiii")
     places = x.data_ptr(), rows.data_ptr(), pages.data_ptr()
@@ -675,21 +678,13 @@ def _gradients_native(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients to q (N, Hq, D), k and v (N, Hkv, D) and sinks (Hq,) of packed attention, where `grad` is the result's."""
-    wide = [_heads_together(x.detach().float()) for x in (q, k, v)]
     grad = grad.float().contiguous()
     dq, dk, dv = torch.empty(q.shape, **_FP32), torch.zeros(k.shape, **_FP32), torch.zeros(v.shape, **_FP32)
     dsinks = None if sinks is None else torch.empty(q.shape[:2], **_FP32)
-    sink_values = None if sinks is None else sinks.detach().float().contiguous()
-    call = _call(*wide, plan, scale, window, sinks=sink_values, grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
-    failed = native.library("attention").attention_backward(ctypes.byref(call))
-    assert not failed, f"attention.cpp has no backward for heads of {q.shape[-1]}"
+    gradients = {"grad": grad, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
+    _run("attention_backward", _call(q, k.float(), v.float(), sinks, plan, scale, window, **gradients))
     of_sinks = None if dsinks is None else dsinks.sum(0).to(sinks.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks
-
-
-def _heads_together(x: torch.Tensor) -> torch.Tensor:
-    """(N, H, D) with each token's heads beside each other in memory."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 # -- the torch form ----------------------------------------------------------------------------------------------

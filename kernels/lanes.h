@@ -1,42 +1,53 @@
-// Sixteen floats at once, loaded from and stored to fp32 or bf16: what the C++ forms of the operations share.
+// Floats side by side, sixteen unless said otherwise, loaded from and stored to fp32 or bf16: what the C++ forms of the
+// operations share.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
 namespace {
 
 constexpr int kLanes = 16;
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+template <typename T, int kCount>
+struct Vector {
+  typedef T Type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
 struct Bf16 {
   uint16_t bits;
 };
 
-inline Lanes load(const float* from) {
-  Lanes x;
+template <int kCount = kLanes>
+inline typename Vector<float, kCount>::Type load(const float* from) {
+  typename Vector<float, kCount>::Type x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
-inline Lanes load(const Bf16* from) {
-  Halves halves;
+template <int kCount = kLanes>
+inline typename Vector<float, kCount>::Type load(const Bf16* from) {
+  typename Vector<uint16_t, kCount>::Type halves;
   std::memcpy(&halves, from, sizeof halves);
+  typedef typename Vector<uint32_t, kCount>::Type Words;
   const Words words = __builtin_convertvector(halves, Words) << 16;
-  Lanes x;
+  typename Vector<float, kCount>::Type x;
   std::memcpy(&x, &words, sizeof x);
   return x;
 }
 
-inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+template <typename Floats>
+inline void store(float* to, Floats x) {
+  std::memcpy(to, &x, sizeof x);
+}
 
 // Rounded to the nearest, ties to even; NaN stays NaN.
-inline void store(Bf16* to, Lanes x) {
+template <typename Floats>
+inline void store(Bf16* to, Floats x) {
+  constexpr int kCount = sizeof x / sizeof(float);
+  typedef typename Vector<uint32_t, kCount>::Type Words;
+  typedef typename Vector<uint16_t, kCount>::Type Halves;
   Words words;
   std::memcpy(&words, &x, sizeof words);
   words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
@@ -44,6 +55,9 @@ inline void store(Bf16* to, Lanes x) {
   const Halves halves = __builtin_convertvector(words, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
+
+typedef Vector<float, kLanes>::Type Lanes;
+typedef Vector<int32_t, kLanes>::Type Ints;
 
 inline Lanes spread(float x) { return Lanes{} + x; }
 

@@ -2,8 +2,8 @@
 
 Here: `library`, which compiles a source of this folder with the C++ compiler that is there, once for each source,
 compiler and CPU, and loads it; `function`, one of its functions; `serves`, which tensors the functions over rows take;
-`form`, what the models of this machine get. Without a compiler, or where RLHF_NATIVE=0, there is none and the torch operations run. Not here: what the functions
-compute; each lies beside the operation that calls it.
+`form`, what the models of this machine get. Without a compiler, or where RLHF_NATIVE=0, there is none and the torch
+operations run. Not here: what the functions compute; each lies beside the operation that calls it.
 """
 
 from __future__ import annotations

@@ -51,28 +51,31 @@ void row_gradients(const T* x, const T* weight, const T* grad, T* dx, float* dw,
 }
 
 template <typename T>
-void forward(T* x, const T* weight, const T* change, T* out, int64_t tokens, int64_t heads, int64_t width,
+void forward(void* x, const void* weight, const void* change, void* out, int64_t tokens, int64_t heads, int64_t width,
              int64_t x_token, int64_t weight_head, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t token = 0; token < tokens; ++token)
     for (int64_t head = 0; head < heads; ++head) {
-      T* row = x + token * x_token + head * width;
+      T* row = static_cast<T*>(x) + token * x_token + head * width;
       const int64_t place = (token * heads + head) * width;
-      if (change)
-        for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) + load(change + place + i));
-      norm_row(row, weight + head * weight_head, out + place, width, eps);
+      if (change) {
+        const T* added = static_cast<const T*>(change) + place;
+        for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) + load(added + i));
+      }
+      norm_row(row, static_cast<const T*>(weight) + head * weight_head, static_cast<T*>(out) + place, width, eps);
     }
 }
 
 template <typename T>
-void backward(const T* x, const T* weight, const T* grad, T* dx, float* dw, int64_t rows, int64_t width, float eps,
-              int threads) {
+void backward(const void* x, const void* weight, const void* grad, void* dx, float* dw, int64_t rows, int64_t width,
+              float eps, int threads) {
   const int64_t parts = std::min(kParts, rows);
   std::vector<float> of_part(dw ? parts * width : 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
-      row_gradients(x + row * width, weight, grad + row * width, dx ? dx + row * width : nullptr,
+      row_gradients(static_cast<const T*>(x) + row * width, static_cast<const T*>(weight),
+                    static_cast<const T*>(grad) + row * width, dx ? static_cast<T*>(dx) + row * width : nullptr,
                     dw ? of_part.data() + part * width : nullptr, width, eps);
   for (int64_t part = 0; dw && part < parts; ++part)
     for (int64_t i = 0; i < width; ++i) dw[i] += of_part[part * width + i];
@@ -87,22 +90,13 @@ extern "C" {
 void rms_norm_forward(void* x, const void* weight, const void* change, void* out, int64_t tokens, int64_t heads,
                       int64_t width, int64_t x_token, int64_t weight_head, float eps, int64_t is_bf16,
                       int64_t threads) {
-  if (is_bf16)
-    forward(static_cast<Bf16*>(x), static_cast<const Bf16*>(weight), static_cast<const Bf16*>(change),
-            static_cast<Bf16*>(out), tokens, heads, width, x_token, weight_head, eps, threads);
-  else
-    forward(static_cast<float*>(x), static_cast<const float*>(weight), static_cast<const float*>(change),
-            static_cast<float*>(out), tokens, heads, width, x_token, weight_head, eps, threads);
+  (is_bf16 ? forward<Bf16> : forward<float>)(x, weight, change, out, tokens, heads, width, x_token, weight_head, eps,
+                                             threads);
 }
 
 // x, grad and dx (rows, width), weight (width,), dw (width,) fp32 zeros; dx and dw may be null.
 void rms_norm_backward(const void* x, const void* weight, const void* grad, void* dx, float* dw, int64_t rows,
                        int64_t width, float eps, int64_t is_bf16, int64_t threads) {
-  if (is_bf16)
-    backward(static_cast<const Bf16*>(x), static_cast<const Bf16*>(weight), static_cast<const Bf16*>(grad),
-             static_cast<Bf16*>(dx), dw, rows, width, eps, threads);
-  else
-    backward(static_cast<const float*>(x), static_cast<const float*>(weight), static_cast<const float*>(grad),
-             static_cast<float*>(dx), dw, rows, width, eps, threads);
+  (is_bf16 ? backward<Bf16> : backward<float>)(x, weight, grad, dx, dw, rows, width, eps, threads);
 }
 }

@@ -14,6 +14,7 @@ import torch
 
 from rlhf.kernels import native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.layout import heads_together, wide
 from rlhf.kernels.threads import serial, worth
 
 
@@ -49,7 +50,7 @@ def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _native(x, weight, eps) if _is_native(x, weight) else _torch(x, weight, eps)[0]
+    return _native(x, weight, eps) if _is_native(x, weight) else stock_form(x, weight, eps)
 
 
 # -- the native form ---------------------------------------------------------------------------------------------
@@ -63,8 +64,7 @@ def _native(
     x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
 ) -> torch.Tensor:
     width = x.shape[-1]
-    if x.dim() != 3 or x.stride()[1:] != (width, 1):
-        x = x.contiguous()
+    x = heads_together(x) if x.dim() == 3 else x.contiguous()
     weight = weight.contiguous()  # a name keeps it alive during the call
     tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
@@ -108,17 +108,13 @@ def _native_gradients(
 # -- the torch form ----------------------------------------------------------------------------------------------
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / sqrt(mean(x^2) + eps) of each row."""
     with serial(x.numel()):
-        wide = _wide(x)
-        total = wide.square().sum(-1, keepdim=True)
-        scale = total.div_(wide.shape[-1]).add_(eps).rsqrt_()
-        normal = (wide * scale).to(x.dtype)
+        x_wide = wide(x)
+        total = x_wide.square().sum(-1, keepdim=True)
+        scale = total.div_(x_wide.shape[-1]).add_(eps).rsqrt_()
+        normal = (x_wide * scale).to(x.dtype)
         return (normal.mul_(weight) if weight.dtype == x.dtype else normal * weight), scale
 
 
@@ -126,14 +122,14 @@ def _torch_gradients(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     # n = x s;  dw = sum g n;  dx = s (g w - n mean(g w n))
-    normal, wide = _wide(x) * scale, _wide(grad)
+    normal, grad = wide(x) * scale, wide(grad)
     grad_x = grad_weight = None
-    per_weight = wide * normal
+    per_weight = grad * normal
     if needs[1]:
         grad_weight = per_weight.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if needs[0]:
         mean = per_weight.mul_(weight).mean(-1, keepdim=True)
-        grad_x = (wide * weight).sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
+        grad_x = (grad * weight).sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
     return grad_x, grad_weight
 
 

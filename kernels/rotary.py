@@ -13,6 +13,7 @@ import torch
 
 from rlhf.kernels import native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.layout import compute_dtype, heads_together
 from rlhf.kernels.threads import serial, worth
 
 
@@ -28,9 +29,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`rotate` in place, without gradient, in its bits."""
     _check(x, cos, sin)
-    if native.serves("rotary", x.shape[-1], x, cos, sin) and _heads_together(x):
-        return _native(x, cos, sin, out=x)
-    return x.copy_(_rotate(x, cos, sin))
+    if not native.serves("rotary", x.shape[-1], x, cos, sin):
+        return x.copy_(_torch(x, cos, sin))
+    together = heads_together(x)
+    _native(together, cos, sin, out=together)
+    return x if together is x else x.copy_(together)
 
 
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -39,17 +42,12 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         raise ValueError(f"{shapes}: x must be (N, heads, D) with an even D, cos and sin (N, D)")
 
 
-def _heads_together(x: torch.Tensor) -> bool:
-    """Whether each token's heads lie beside each other in memory."""
-    return x.stride()[1:] == (x.shape[-1], 1)
-
-
 def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
     if not native.serves("rotary", x.shape[-1], x, cos, sin):
         return _torch(x, cos, sin, transposed=transposed)
-    x = x if _heads_together(x) else x.contiguous()
+    x = heads_together(x)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     return _native(x, cos, sin, out=out, transposed=transposed)
 
@@ -77,17 +75,16 @@ def _native(
 def _torch(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    half, dtype = x.shape[-1] // 2, compute_dtype(x.dtype)
     with serial(x.numel()):
-        wide, cos, sin = x.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)
-        out = wide * cos
+        x_wide, cos, sin = x.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)
+        out = x_wide * cos
         if transposed:
-            crossed = wide * sin
+            crossed = x_wide * sin
             out[..., :half] += crossed[..., half:]
             out[..., half:] -= crossed[..., :half]
         else:
-            crossed = wide * torch.cat([sin[..., half:], sin[..., :half]], -1)
+            crossed = x_wide * torch.cat([sin[..., half:], sin[..., :half]], -1)
             out[..., :half] -= crossed[..., half:]
             out[..., half:] += crossed[..., :half]
         return out.to(x.dtype)
