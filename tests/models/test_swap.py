@@ -33,8 +33,9 @@ def test_padded_batches_and_gradients_are_the_stock_models(name, stock):
     swap_modules(ours)
     ids = torch.randint(model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, :4] = mask[2, :2] = 0  # padded on the left: every row has positions of its own
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    mask[1, :4] = mask[2, :2] = 0  # padded on the left
+    # each row in steps of its own: attention sees distances alone
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) * torch.tensor([[1], [2], [3]])
     logits = [m(input_ids=ids, attention_mask=mask, position_ids=positions).logits for m in (model, ours)]
     seen = mask.bool()
     assert torch.allclose(logits[0][seen], logits[1][seen], atol=2e-5, rtol=1e-4)
