@@ -1,9 +1,8 @@
 """What every method learns: runs the recipes of recipes/arithmetic and tells each stage's numbers before and after.
 
 A row of the table is one stage and one held-out set: sampled accuracy (pass@1) of a policy, accuracy on held-out pairs
-of a reward model, and of a process reward model the share of right verdicts in the last tenth of its steps (its recipe
-sees every row once, so those rows are new to it). Intervals are Wilson's, 95 %. Seconds are those of the stage's steps
-and evaluations, without starting and exporting.
+of a reward model, and on held-out steps of a process reward model, where "before" is what always saying yes reaches.
+Intervals are Wilson's, 95 %. Seconds are those of the stage's steps and evaluations, without starting and exporting.
 
     python benchmarks/methods.py [NAMES ...] [--work DIR] [--out benchmarks/results]
 
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks.running import ROOT, machine, read, train
@@ -55,9 +53,9 @@ def rows(name: str, plan: Plan, run_dir: Path) -> Iterator[Row]:
             known = [a for a in (accuracy(r, held_out, count) for r in earlier) if a is not None][-1:]
             known += [a for a in found if a is not None]
             yield about | {"set": held_out, "before": known[0], "after": known[-1]}
-        if stage.recipe.method == "prm":
-            yield about | {"set": "steps", **verdicts(trained, stage.recipe)}
-        elif not held_out_sets(stage.recipe):
+        for held_out, data in stage.recipe.evaluation.held_out.items():
+            yield about | {"set": held_out, **verdicts(own, held_out, data.task_args)}
+        if not stage.recipe.evaluation.held_out and not held_out_sets(stage.recipe):
             yield about | {"set": None, "before": None, "after": None}
 
 
@@ -77,11 +75,11 @@ def accuracy(record: Record, held_out: str, count: int) -> list[float] | None:
     return None
 
 
-def verdicts(trained: Sequence[Record], recipe: Any) -> Row:
-    """Of a process reward model: what always saying yes reaches, and what it reaches on the rows of its last steps."""
-    last = trained[-max(1, len(trained) // 10) :]
-    steps = len(last) * recipe.trainer.prompts_per_step * (recipe.data.task_args["terms"] - 1)
-    always_yes, right = (mean(r[f"prm/{name}"] for r in last) for name in ("label_mean", "accuracy"))
+def verdicts(own: Sequence[Record], held_out: str, task_args: Mapping[str, int]) -> Row:
+    """Of a process reward model: what always saying yes reaches, and what it reaches after its last step."""
+    last = next(r for r in reversed(own) if f"eval/{held_out}/label_mean" in r)
+    steps = task_args["count"] * (task_args["terms"] - 1)
+    always_yes, right = (last[f"eval/{held_out}/{name}"] for name in ("label_mean", "accuracy"))
     return {"before": with_interval(always_yes, steps), "after": with_interval(right, steps)}
 
 

@@ -1,4 +1,4 @@
-"""A reference's log-probs of a whole dataset, computed once and kept beside the checkpoints.
+"""A reference's log-probs of a whole dataset, computed once and kept beside the checkpoints, or where runs share them.
 
 A reference that never moves gives the same numbers in every epoch, and after a resume the actor it was taken from is
 gone. The file is bound to what it was computed from by fingerprints. Not here: who computes (`rlhf.trainers.roles`).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,43 +28,41 @@ Identity = Mapping[str, Mapping[str, str]]  # {what: {part: hash}}, see rlhf.run
 class ReferenceCache:
     """Log-probs by sample id."""
 
-    def __init__(self, logprobs: Mapping[str, torch.Tensor]) -> None:
-        self._logprobs = logprobs  # sample id -> (loss tokens,) fp32
+    def __init__(self, logprobs: Mapping[str, torch.Tensor], made_from: str) -> None:
+        self._logprobs, self._made_from = logprobs, made_from  # sample id -> (loss tokens,) fp32
 
     @classmethod
     def load(cls, path: Path, datasets: Mapping[str, Any], fingerprint: Identity) -> ReferenceCache | None:
         """The cache at `path`; None if there is none, if it is damaged, or was made from other data or weights."""
+        made_from = _made_from(datasets, fingerprint)
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 logprobs, lengths = file.get_tensor("logprobs"), file.get_tensor("lengths")
         except (FileNotFoundError, SafetensorError):
             return None
-        expected = (_made_from(datasets, fingerprint), _hash(logprobs, lengths))
-        if (about.get("made_from"), about.get("sha256")) != expected:
+        if (about.get("made_from"), about.get("sha256")) != (made_from, _hash(logprobs, lengths)):
             return None
-        return cls(dict(zip(json.loads(about["ids"]), logprobs.split(lengths.tolist()), strict=True)))
+        ids = json.loads(about["ids"])
+        return cls(dict(zip(ids, logprobs.split(lengths.tolist()), strict=True)), made_from)
 
     @classmethod
     def make(
         cls,
-        path: Path,
         datasets: Mapping[str, Sequence[Any]],
         make_batch: Callable[[Sequence[Any]], Batch],
         score: Callable[[Batch], torch.Tensor],
         fingerprint: Identity,
     ) -> ReferenceCache:
-        """A new cache, written to `path`. `score` gives (B, T) log-probs of a batch's response tokens; a row that comes
-        several times, as in a mixture, is scored once. Raises ValueError for an id that stands for two rows."""
+        """A new cache. `score` gives (B, T) log-probs of a batch's response tokens; a row that comes several times, as
+        in a mixture, is scored once. Raises ValueError for an id that stands for two rows."""
         logprobs: dict[str, torch.Tensor] = {}
         for batch in in_batches(_different_rows(datasets), make_batch):
             scores = score(batch)
             fault_point("reference.mid")
             for i, sample in enumerate(batch.sample_ids):
                 logprobs[sample] = scores[i][batch.loss_mask[i]].clone()
-        cache = cls(logprobs)
-        cache._write(path, _made_from(datasets, fingerprint))
-        return cache
+        return cls(logprobs, _made_from(datasets, fingerprint))
 
     def look_up(self, batch: Batch) -> torch.Tensor:
         """(B, T) fp32: the reference's log-probs at the batch's loss mask, 0 elsewhere."""
@@ -72,13 +71,14 @@ class ReferenceCache:
             scores[i][batch.loss_mask[i]] = self._logprobs[sample]
         return scores
 
-    def _write(self, path: Path, made_from: str) -> None:
+    def save(self, path: Path) -> None:
+        """Write the file at `path`, whole or not at all; several runs may do so at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         values = list(self._logprobs.values())
         tensors = {"logprobs": torch.cat(values), "lengths": torch.tensor([len(v) for v in values])}
         about = {
-            "made_from": made_from,
+            "made_from": self._made_from,
             "ids": json.dumps(list(self._logprobs)),
             "sha256": _hash(*tensors.values()),
         }
@@ -86,6 +86,12 @@ class ReferenceCache:
         flush_to_disk(partial)
         partial.rename(path)
         flush_to_disk(path.parent)
+
+
+def shared_file(folder: Path, datasets: Mapping[str, Any], fingerprint: Identity) -> Path:
+    """Where runs that compute the same log-probs find one another's file."""
+    name = hashlib.sha256(_made_from(datasets, fingerprint).encode()).hexdigest()[:16]
+    return folder / f"reference-{name}.safetensors"
 
 
 def _different_rows(datasets: Mapping[str, Sequence[Any]]) -> list[Any]:

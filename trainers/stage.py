@@ -37,7 +37,7 @@ from rlhf.trainers.evaluate import LOWER_IS_BETTER, evaluate, evaluate_pairs
 from rlhf.trainers.forward import POLICY_LOSSES
 from rlhf.trainers.held_out import evaluate_rows
 from rlhf.trainers.metrics import rollout_metrics, staleness_metrics, update_metrics
-from rlhf.trainers.reference_cache import ReferenceCache
+from rlhf.trainers.reference_cache import ReferenceCache, shared_file
 from rlhf.trainers.replay import Replay
 from rlhf.trainers.reward_scale import store_scale
 from rlhf.trainers.rewarding import RewardSum, merged_metrics, shorten
@@ -255,16 +255,23 @@ class Stage:
         """Compute the reference's log-probs of the whole data before the first update, or take them from the disk."""
         if not rules.needs_reference_logprobs(self.recipe) or self.recipe.reference.update_every is not None:
             return
-        path, sets = self.folder / "reference.safetensors", {"train": self.data, **self.eval_pairs}
-        self._cache = ReferenceCache.load(path, sets, self.identity)
+        sets = {"train": self.data, **self.eval_pairs}
+        made_from = {**self.identity, "forward": {"dtype": self.recipe.model.dtype}}
+        places = [self.folder / "reference.safetensors"]
+        if (shared := self.recipe.reference.cache_dir) is not None:
+            places.append(shared_file(Path(shared).expanduser(), sets, made_from))
+        found = {path: ReferenceCache.load(path, sets, made_from) for path in places}
+        self._cache = next((cache for cache in found.values() if cache is not None), None)
         if self._cache is None and self.reference is None and self.progress.updates:
             raise CheckpointError(
-                f"{path} is missing or damaged, and the actor whose log-probs it held has moved since: restore the file, or "
-                "start again under another run.name"
+                f"{places[0]} is missing or damaged, and the actor whose log-probs it held has moved since: restore the "
+                "file, or start again under another run.name"
             )
         if self._cache is None:
             scorer = self.reference or self.actor
-            self._cache = ReferenceCache.make(path, sets, make_batch, scorer.score, self.identity)
+            self._cache = ReferenceCache.make(sets, make_batch, scorer.score, made_from)
+        for path in (path for path, cache in found.items() if cache is None):
+            self._cache.save(path)
 
     def with_reference(self, batch: Batch) -> Batch:
         """The batch with the reference's log-probs, unless nothing compares with a reference."""

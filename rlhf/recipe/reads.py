@@ -314,6 +314,18 @@ _TABLE: dict[str, tuple[Need, ...]] = {
         _REFERENCE,
         _on("reference.update_every", "set reference.update_every"),
     ),
+    **_of(
+        "reference",
+        "cache_dir",
+        _one_of("method", "dpo"),
+        _REFERENCE,
+        _where(
+            ("reference.update_every",),
+            lambda recipe: recipe.reference.update_every is None,
+            "where the reference moves",
+            "leave reference.update_every out",
+        ),
+    ),
     # losses on pairs and labels
     **_of("preference", "losses nll_coef wpo ld_alpha f_divergence", _PAIR_LOSSES),
     **_of(

@@ -105,7 +105,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if self.path is not None and self.build is not None:
-            raise ValueError("model.path and model.build are both set; keep one")
+            raise ValueError(
+                "model.path and model.build are both set; keep one (null takes out what a stage or a file inherits)"
+            )
         if self.trust_code is not None and self.trust_code.model != self.path:
             raise ValueError(
                 f"model.trust_code names {self.trust_code.model!r}, but model.path is {self.path!r}"
@@ -186,7 +188,9 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:
         if (self.path is None) == (self.task is None):
-            raise ValueError("set exactly one of path and task")
+            raise ValueError(
+                "set exactly one of path and task (null takes out what a stage or a file inherits)"
+            )
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("system_prompt needs chat_template: true")
         return self
@@ -428,6 +432,9 @@ class ReferenceConfig(Section):
     update_mix: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the actor in an update: reference <- mix * actor + (1 - mix) * reference; 1 replaces it. Below 1 the
     average is one of whole weights (LoRA merged), kept in float32 in host memory."""
+    cache_dir: str | None = None
+    """Folder (dpo) in which runs share their data's reference log-probs, in files named by a hash of rows, weights and
+    tokenizer; default: each run computes its own."""
 
 
 class PtxConfig(Section):
@@ -581,7 +588,9 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("trainer.steps and trainer.epochs are both set; keep one")
+            raise ValueError(
+                "trainer.steps and trainer.epochs are both set; keep one (null takes out what a stage or a file inherits)"
+            )
         return self
 
 

@@ -10,6 +10,7 @@ from rlhf.models import build_model, build_tokenizer
 from rlhf.recipe.load import plan_from_dict
 from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
 from rlhf.runtime.run import train_plan
+from rlhf.trainers.reference_cache import ReferenceCache
 from tests.e2e.running import TINY, digest, records
 from tests.e2e.test_methods import METHODS, documented, recipe_for
 
@@ -109,3 +110,23 @@ def test_zero_stage_does_not_change_a_shared_critic(run):
                 assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), metric
     assert any(abs(r["value/mean"]) > 1e-4 for r in one)
     assert (runs[0] / "model" / "value_head.safetensors").is_file()
+
+
+def test_runs_share_what_a_reference_says(run, tmp_path, monkeypatch):
+    """Would catch: log-probs computed again by every run of a sweep; another's numbers taken for one's own; a run that
+    cannot go on once the shared folder is cleared."""
+    alone = run("alone", METHODS["dpo"])
+    shared = METHODS["dpo"] | {"reference": {"cache_dir": str(tmp_path / "kept")}}
+    run("first", shared | {"trainer": {"lr": 3e-3}})
+    (kept,) = (tmp_path / "kept").iterdir()
+    monkeypatch.delattr(ReferenceCache, "make")
+    second = run("second", shared)
+    text = (alone / "metrics.jsonl").read_text()
+    assert (second / "metrics.jsonl").read_text() == text
+    kept.unlink()
+    cut_back(second, 2)
+    run("second", shared)
+    assert (second / "metrics.jsonl").read_text() == text
+    assert kept.is_file()
+    with pytest.raises(AttributeError, match="make"):
+        run("other", shared | {"data": {"task_args": {"seed": 5}}})

@@ -227,7 +227,7 @@ def test_all_mistakes_are_in_one_report_with_their_lines(write):
         (8, "model.dtype"): "'bfloat61' is not one of float32, bfloat16",
         (11, "rollout.group_size"): "group_size=1 gives every response zero advantage; use group_size >= 2",
         (12, "rollout.kl_coef"): "unknown key",
-        (13, "data"): "set exactly one of path and task",
+        (13, "data"): "set exactly one of path and task (null takes out what a stage or a file inherits)",
         (18, "reward.0.wieght"): "unknown key",
         (19, "reward.1.function"): "is missing",
         (20, "trainer.epochs"): "unknown key",
