@@ -56,12 +56,14 @@ class _Trainer:
         train_dataset: Any,
         reward: Reward | Sequence[Reward] | Mapping[str, Reward] = (),
         eval_dataset: Any = None,
+        eval_reward: Reward | Sequence[Reward] | Mapping[str, Reward] = (),
         tokenizer: Any = None,
         **settings: Any,
     ) -> None:
         """`model`: a folder or hub name, or a transformers model (then `tokenizer` too). `train_dataset`: a path or hub
         name, or rows (a list of dicts or a `datasets.Dataset`). `reward`: `fn(prompts, responses, **columns) ->
-        list[float | None]`, the name of a built-in rule, or several of them. `name`: the run's folder in `output_dir`;
+        list[float | None]`, the name of a built-in rule, or several of them. `eval_reward`: the same for evaluations alone,
+        where they are to judge by something else. `name`: the run's folder in `output_dir`;
         default: the method's name.
 
         Raises RecipeError (all problems at once) for settings that do not fit and for files, columns and reward
@@ -75,6 +77,10 @@ class _Trainer:
         rewards, functions = _rewards(reward)
         if rewards:
             recipe["reward"] = rewards
+        eval_rewards, more = _rewards(eval_reward)
+        if eval_rewards:
+            recipe.setdefault("evaluation", {})["reward"] = eval_rewards
+            functions |= more
         train_rows = _dataset("train_dataset", recipe.setdefault("data", {}), train_dataset)
         eval_rows = {}
         if eval_dataset is not None:

@@ -92,6 +92,7 @@ class Stage:
     teacher: Teacher | None = None
     sampler: Sampler | None = None
     scorer: Scorer | RewardSum | None = None
+    eval_scorer: Scorer | None = None  # of evaluations; None = the training's
     ptx_data: Any = None
     prompt_data: Any = None  # prompts of a method whose data is something else
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the data's answers by prompt id
@@ -498,7 +499,7 @@ class Stage:
                     name,
                     prompts,
                     self.sampler,
-                    self.scorer,
+                    self.eval_scorer or self.scorer,
                     self.recipe.evaluation,
                     params=self.eval_sampling,
                 )

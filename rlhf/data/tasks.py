@@ -32,7 +32,7 @@ class ChainArithmetic(Section):
 
     Every row can also serve as a preference, a judged answer or judged steps. `chosen` is the worked answer, and
     `rejected` is by turns a wrong guess and an answer with a slip in one of its steps, which the later ones carry on
-    (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two and `label` says whether it is right. `completions`
+    (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two, and `label` (true, false) and `verdict` (`+`, `-`) say whether it is right. `completions`
     are the steps of the worked answer or of the one with the slip, to be separated by a space, and `labels` whether the
     working is right so far.
 
@@ -77,7 +77,7 @@ class ChainArithmetic(Section):
         return self
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows: {id, prompt, answer, response, chosen, rejected, judged, label, completions, labels}. Raises ValueError if there are fewer than `count`
+        """The rows: {id, prompt, answer, response, chosen, rejected, judged, label, verdict, completions, labels}. Raises ValueError if there are fewer than `count`
         chains."""
         return [self._row(i, chain) for i, chain in enumerate(self._chains())]
 
@@ -137,6 +137,7 @@ class ChainArithmetic(Section):
             "rejected": wrong,
             "judged": worked if right else wrong,
             "label": right,
+            "verdict": "+" if right else "-",
             "completions": completions,
             "labels": [right or step < at for step in range(len(completions))],
         }

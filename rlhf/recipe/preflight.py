@@ -18,8 +18,8 @@ from rlhf.recipe.architecture import architecture_faults, context_tokens
 from rlhf.recipe.functions import reward_faults
 from rlhf.recipe.outputs import MODEL_SECTIONS
 from rlhf.recipe.problems import Fault, Key
-from rlhf.recipe.rules import stage_of
-from rlhf.recipe.schema import BuildTokenizerConfig, DatasetConfig, Recipe
+from rlhf.recipe.rules import SAMPLING, stage_of
+from rlhf.recipe.schema import BuildTokenizerConfig, DatasetConfig, Recipe, RewardConfig
 
 # What the rows of a method's training set become; those of the others are prompts.
 _KINDS: dict[str, Kind] = {
@@ -49,10 +49,10 @@ def look_up(recipe: Recipe, given: Given = Given()) -> list[Fault]:
     faults = [*_model_faults(recipe, given), *_tokenizer_faults(recipe, given)]
     for key, config, kind in _datasets(recipe):
         faults += [fault.below(key) for fault in _dataset_faults(key, config, kind, given, heads)]
-    columns = {key: head.columns for key, head in heads.items() if _is_scored(recipe, key)}
-    for i, reward in enumerate(recipe.reward):
-        found = reward_faults(reward, given.functions, columns)
-        faults += [fault.below(("reward", i)) for fault in found]
+    for key, rewards, sees in _rewards(recipe):
+        columns = {k: head.columns for k, head in heads.items() if sees(k)}
+        for i, reward in enumerate(rewards):
+            faults += [fault.below((*key, i)) for fault in reward_faults(reward, given.functions, columns)]
     return [*faults, *_length_faults(recipe, given), *_size_faults(recipe, heads)]
 
 
@@ -208,10 +208,22 @@ def _source(config: DatasetConfig) -> str:
     return f"task {config.task}" if config.task is not None else repr(config.path)
 
 
-def _is_scored(recipe: Recipe, key: Key) -> bool:
-    """Whether the reward functions see a dataset's rows."""
-    samples = recipe.method in ("ppo", "grpo", "rejection", "online_dpo")
-    return key[:2] == ("evaluation", "sets") or (key in recipe.training_data and samples)
+def _rewards(recipe: Recipe) -> Iterator[tuple[Key, Sequence[RewardConfig], Callable[[Key], bool]]]:
+    """Each list of reward functions, with which datasets' rows it sees."""
+    own = recipe.evaluation.reward
+    yield ("reward",), recipe.reward, lambda key: _is_scored(recipe, key, evaluation=own is None)
+    if own is not None:
+        yield ("evaluation", "reward"), own, _is_evaluated
+
+
+def _is_evaluated(key: Key) -> bool:
+    return key[:2] == ("evaluation", "sets")
+
+
+def _is_scored(recipe: Recipe, key: Key, *, evaluation: bool = True) -> bool:
+    """Whether the training's reward functions see a dataset's rows; `evaluation`: also those of evaluations."""
+    samples = recipe.method in SAMPLING
+    return evaluation and _is_evaluated(key) or (key in recipe.training_data and samples)
 
 
 # ------------------------------------------------------------------------------------------------------ lengths, numbers

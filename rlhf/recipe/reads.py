@@ -195,8 +195,10 @@ _TRAINING_SAMPLES = _where(
     f"use method: {', '.join(rules.SAMPLING)} (evaluation has settings of its own)",
 )
 _SCORES = _where(
-    ("method", "evaluation.sets"),
-    lambda recipe: recipe.method in rules.SAMPLING or bool(recipe.evaluation.sets),
+    ("method", "evaluation.sets", "evaluation.reward"),
+    lambda recipe: (
+        recipe.method in rules.SAMPLING or bool(recipe.evaluation.sets) and recipe.evaluation.reward is None
+    ),
     "where no response is scored",
     "add evaluation.sets or use a method that samples",
 )
@@ -365,5 +367,5 @@ _TABLE: dict[str, tuple[Need, ...]] = {
     **_of("trainer", "poly_power", _one_of("trainer.schedule", "polynomial")),
     # evaluation
     **_of("evaluation", "every keep_best", _EVALUATED),
-    **_of("evaluation", "samples ks temperature max_response_tokens correct_above", _EVALUATED_SETS),
+    **_of("evaluation", "samples ks temperature max_response_tokens correct_above reward", _EVALUATED_SETS),
 }

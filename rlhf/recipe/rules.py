@@ -259,10 +259,10 @@ def _reward(r: Recipe) -> Iterator[Inconsistency]:
             ("reward", "method", "online.pairs"),
             "online_dpo needs a reward to tell the best response from the worst",
         )
-    elif r.evaluation.sets and not r.reward and "rollout" not in ROLES[r.method]:
+    elif r.evaluation.sets and not r.eval_reward and "rollout" not in ROLES[r.method]:
         message = f"evaluation of {r.method} needs at least one reward function, which no reward_model or judge replaces"
         yield ("reward", "evaluation.sets"), message
-    elif r.evaluation.sets and not r.scored:
+    elif r.evaluation.sets and not r.eval_reward and not r.scored:
         message = "evaluation needs at least one reward function, reward_model or judge"
         yield ("reward", "evaluation.sets"), message
     if r.method in SCORING_MODELS and r.evaluation.sets:
@@ -284,7 +284,7 @@ def _judge(r: Recipe) -> Iterator[Inconsistency]:
     if r.rollout.group_size < 2 or r.algorithm.advantage == "remax" and r.method == "grpo":
         message = "the judge compares two responses to a prompt: use group_size >= 2 and not remax, or a template with {response}"
         yield ("judge.template", "rollout.group_size", "algorithm.advantage"), message
-    if r.evaluation.sets and r.evaluation.samples < 2:
+    if r.evaluation.sets and r.evaluation.reward is None and r.evaluation.samples < 2:
         message = "the judge compares two responses to a prompt: use evaluation.samples >= 2, or a template with {response}"
         yield ("judge.template", "evaluation.samples"), message
 

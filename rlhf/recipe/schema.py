@@ -617,11 +617,17 @@ class EvaluationConfig(Section):
     """Default: rollout.max_response_tokens."""
     correct_above: float = 0.5
     """A response counts as passed if its reward is above this."""
+    reward: Annotated[list[RewardConfig], Field(min_length=1)] | None = None
+    """Reward functions of evaluations alone, such as the true answers where a model gives the reward that is trained on;
+    default: the training's own reward, whatever gives it."""
 
     @field_validator("sets", "pairs", "held_out", mode="before")
     @classmethod
     def _none_is_no_set(cls, value: Any) -> Any:
-        return {} if value is None else value  # how a recipe leaves out the sets of its base
+        """How a recipe leaves out the sets of its base, or one of them."""
+        if isinstance(value, dict):
+            return {name: data for name, data in value.items() if data is not None}
+        return {} if value is None else value
 
 
 class GroupConfig(Section):
@@ -745,6 +751,11 @@ class Recipe(Section):
     def scored(self) -> bool:
         """Whether anything gives a reward."""
         return bool(self.reward) or self.reward_model is not None or self.judge is not None
+
+    @property
+    def eval_reward(self) -> list[RewardConfig]:
+        """The reward functions of evaluations."""
+        return self.reward if self.evaluation.reward is None else self.evaluation.reward
 
     @property
     def groups(self) -> dict[str, GroupConfig]:

@@ -16,7 +16,7 @@ import torch
 from rlhf.data import load_labels, load_preferences, load_prompts, load_sft, load_steps, mixed
 from rlhf.data.rows import MIX
 from rlhf.models import context_length, generation_stop_ids
-from rlhf.recipe.schema import DatasetConfig, Recipe
+from rlhf.recipe.schema import DatasetConfig, Recipe, RewardConfig
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
 from rlhf.runtime.groups import Groups, GroupSpec
@@ -155,7 +155,8 @@ def evaluated_before(recipe: Recipe, start: Recipe | None) -> frozenset[str]:
 def _how_evaluated(recipe: Recipe) -> tuple[Any, ...]:
     """Everything that an evaluation depends on, beside the rows and the model, whose tokenizer is handed on with it."""
     e, rollout = recipe.evaluation, recipe.rollout
-    rewards = (recipe.reward, recipe.reward_model, recipe.judge)
+    own = recipe.evaluation.reward
+    rewards = (recipe.reward, recipe.reward_model, recipe.judge) if own is None else (own,)
     sampling = (e.samples, e.temperature, e.max_response_tokens or rollout.max_response_tokens, rollout.stop)
     return (sampling, rewards, e.ks, e.correct_above, recipe.model.dtype, recipe.run.seed)
 
@@ -228,7 +229,7 @@ def group_specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpe
 def make_roles(
     recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, objects: Objects
 ) -> dict[str, Any]:
-    """The roles that the recipe has, by their names in `Stage`, and the scorer of its rewards."""
+    """The roles that the recipe has, by their names in `Stage`, and the scorers of its rewards."""
     micro, needed = recipe.trainer.micro_batch_tokens, recipe.roles
 
     def role(name: str, kind: Callable[..., Any]) -> Any:
@@ -240,10 +241,12 @@ def make_roles(
     sampler = None
     if "rollout" in needed:
         sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
-    scorer = None
-    if recipe.reward:
-        output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT
-        scorer = Scorer(recipe.reward, functions=objects.reward_functions, output=output)
+    output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT
+
+    def rules_of(rewards: Sequence[RewardConfig] | None) -> Scorer | None:
+        return Scorer(rewards, functions=objects.reward_functions, output=output) if rewards else None
+
+    scorer = rules_of(recipe.reward)
     reward_model, judge = role("reward", RewardModel), role("judge", JudgeModel)
     parts = [] if reward_model is None else [model_part(recipe.reward_model, reward_model, tokenizer)]
     parts += [] if judge is None else [judge_part(recipe.judge, judge)]
@@ -256,4 +259,5 @@ def make_roles(
         "teacher": role("teacher", Teacher),
         "sampler": sampler,
         "scorer": scorer,
+        "eval_scorer": rules_of(recipe.evaluation.reward),
     }

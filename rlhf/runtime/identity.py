@@ -53,7 +53,7 @@ def stage_identity(
         **others,
         "tokenizer": tokenizer_identity(tokenizer),
         **{name: {"rows": dataset.fingerprint} for name, dataset in datasets.items()},
-        **rewards_identity(recipe.reward, reward_functions),
+        **rewards_identity([*recipe.reward, *recipe.eval_reward], reward_functions),
     }
 
 

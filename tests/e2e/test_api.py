@@ -19,6 +19,10 @@ def shorter_is_better(prompts, responses, **columns):
     return [1.0 / (1 + len(response)) for response in responses]
 
 
+def never(prompts, responses):
+    return [-3.0] * len(responses)
+
+
 @pytest.fixture
 def model_and_tokenizer():
     tokenizer = build_tokenizer(BuildTokenizerConfig())
@@ -44,13 +48,14 @@ def test_grpo_in_eight_lines_from_objects(model_and_tokenizer, tmp_path):
     """Would catch: an API that takes another path than the recipe, or that needs files."""
     model, tokenizer = model_and_tokenizer
     trainer = GRPOTrainer(
-        model, tokenizer=tokenizer, train_dataset=ROWS, reward=shorter_is_better, eval_dataset=ROWS[:4],
+        model, tokenizer=tokenizer, train_dataset=ROWS, reward=shorter_is_better, eval_dataset=ROWS[:4], eval_reward=never,
         output_dir=str(tmp_path), name="objects", **SETTINGS,
     )  # fmt: skip
     folder = trainer.train()
     assert (folder / "model.safetensors").is_file()
     last = records(tmp_path / "objects")[-1]
-    assert last["step"] == 2 and "reward/shorter_is_better/mean" in last and "eval/eval/pass@1" in last
+    assert last["step"] == 2 and "reward/shorter_is_better/mean" in last
+    assert last["eval/eval/pass@1"] == 0.0 and last["eval/eval/reward_mean"] == -3.0
 
 
 def test_same_run_from_a_folder(model_and_tokenizer, tmp_path):

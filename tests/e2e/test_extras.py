@@ -99,6 +99,19 @@ def test_a_judge_rewards_and_a_cut_off_run_goes_on(run, judge, name):
     assert (whole / "metrics.jsonl").read_text() == text
 
 
+def test_evaluations_may_judge_by_a_reward_of_their_own(run):
+    """Would catch: what a model of the reward says taken for accuracy; an evaluation's reward that is trained on."""
+    easy = [{"function": "format", "args": {"pattern": ""}}]  # everything passes
+    changes = METHODS["ppo"] | {"reward": easy}
+    by_training, by_itself = (
+        [r for r in records(run(name, changes | {"evaluation": {"reward": own}})) if "eval/sums/pass@1" in r]
+        for name, own in (("training", None), ("itself", [{"function": "gsm8k"}]))
+    )
+    assert {r["eval/sums/pass@1"] for r in by_training} == {1.0}
+    assert all(r["eval/sums/pass@1"] < 0.5 for r in by_itself) and by_itself[-1]["reward/mean"] == 1.0
+    assert "reward/gsm8k/mean" not in by_itself[-1]
+
+
 def test_zero_stage_does_not_change_a_shared_critic(run):
     """Would catch: the value head left out of ZeRO's reduction when a step ends with texts that need no values."""
     shared = METHODS["shared_critic"]

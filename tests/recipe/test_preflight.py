@@ -387,6 +387,22 @@ def test_columns_that_a_reward_reads_are_looked_for_where_it_is_used():
     assert "which evaluation.sets.held has not" in held["reward.0.args.reference_column"]
 
 
+def test_rewards_of_evaluations_are_looked_up_apart():
+    """Would catch: a missing function or column of evaluation.reward found at the first evaluation, or the training's
+    reward asked for the columns of sets that it never sees."""
+    sets = "evaluation.sets={held: {path: train.jsonl, prompt_column: question}}"
+    own = "evaluation.reward=[{function: exact_match, args: {reference_column: answer}}]"
+    assert said(sets, own) == {}
+    wrong = said(sets, own.replace("answer", "solution"))
+    assert "which evaluation.sets.held has not" in wrong["evaluation.reward.0.args.reference_column"]
+    assert (
+        "did you mean exact_match"
+        in said(sets, own.replace("exact_", "exat_"))["evaluation.reward.0.function"]
+    )
+    train = said(sets, own, "reward.0.args={reference_column: solution}")
+    assert "'solution', which data has not" in train["reward.0.args.reference_column"]
+
+
 @pytest.mark.parametrize(
     ("method", "key"),
     [

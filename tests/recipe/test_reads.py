@@ -114,6 +114,7 @@ sft | trainer: {steps: 1, schedule: linear, poly_power: 3} | trainer.poly_power 
 sft | trainer: {steps: 1, schedule: cosine, cycles: 3} | trainer.cycles | use schedule: cosine_restarts
 sft | trainer: {steps: 1, min_lr_ratio: 0.1} | trainer.min_lr_ratio | schedule: constant
 sft | evaluation: {every: 3} | evaluation.every | nothing is evaluated
+sft | evaluation: {reward: [{function: gsm8k}]} | evaluation.reward | add evaluation.sets
 sft | evaluation: {temperature: 1} | evaluation.temperature | evaluation.sets
 """
 
