@@ -102,7 +102,11 @@ def token_rewards(batch: Batch, *, kl_coef: float, reward_clip: float | None) ->
 
 def _clipped_rewards(batch: Batch, reward_clip: float | None) -> torch.Tensor:
     assert batch.rewards is not None, "advantages need rewards"
-    return batch.rewards if reward_clip is None else batch.rewards.clamp(-reward_clip, reward_clip)
+    return _clip(batch.rewards, reward_clip)
+
+
+def _clip(rewards: torch.Tensor, reward_clip: float | None) -> torch.Tensor:
+    return rewards if reward_clip is None else rewards.clamp(-reward_clip, reward_clip)
 
 
 def _token_kl(batch: Batch) -> torch.Tensor:
@@ -134,10 +138,10 @@ def _of_group(estimator: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -
     return advantages
 
 
-def _remax(batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+def _remax(batch: Batch, rewards: torch.Tensor, *, reward_clip: float | None) -> torch.Tensor:
     if batch.baselines is None:
         raise ValueError("remax needs baselines: the rewards of the greedy responses to the same prompts")
-    return remax(rewards, batch.baselines)[:, None]
+    return remax(rewards, _clip(batch.baselines, reward_clip))[:, None]
 
 
 def _reinforce_pp(batch: Batch, rewards: torch.Tensor, *, gamma: float) -> torch.Tensor:
@@ -156,6 +160,11 @@ ADVANTAGES = {
     "reinforce_pp_baseline": _of_group(group_centered),
     "remax": _remax,
 }
+
+OF_A_GROUP = frozenset(
+    {"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"}
+)  # compare a response with its group's others
+OF_A_RESPONSE = OF_A_GROUP | {"remax"}  # one number for all tokens of a response
 
 
 def with_advantages(batch: Batch, settings: Any) -> Batch:
@@ -280,24 +289,25 @@ def zero_std_groups(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[int
     return int(flat.sum()), len(ids)
 
 
-def advantage_metrics(batch: Batch) -> dict[str, float]:
-    """`advantage/{mean,std,min,max}`, where the batch has groups of several `reward/groups_zero_std_frac`, and where it
-    has returns `return/mean`; of a whole step's batch.
+def advantage_metrics(batch: Batch, settings: Any, *, rewarded: bool = True) -> dict[str, float]:
+    """`advantage/{mean,std,min,max}`; where a response is compared with its group `reward/groups_zero_std_frac`; and where
+    there are returns `return/mean`; of a whole step's batch as `with_advantages` or `with_gae` left it. `rewarded`: rewards
+    are where the advantages come from, as they are in all but distillation.
 
-    The former are over the responses with a token in `loss_mask`, each the mean of its tokens, and left out if there is
-    none; the std is with n. Over tokens the mean would drift from 0 as soon as right answers are longer than wrong ones.
-    `return/mean` is over the loss tokens.
+    Advantages are over the tokens of `loss_mask` where tokens have their own or were whitened over tokens; else over the
+    responses with one, of which a longer one counts no more than a shorter one. They are left out if there is none; the
+    std is with n. `return/mean` is over the loss tokens.
     """
     assert batch.advantages is not None and batch.rewards is not None
     metrics: dict[str, float] = {}
-    if batch.group_ids is not None and len(batch):
-        flat, total = zero_std_groups(batch.rewards, batch.group_ids)
-        if total < len(batch):
-            metrics["reward/groups_zero_std_frac"] = flat / total
-    counts = batch.loss_mask.sum(-1)
-    values = (
-        torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)[counts > 0] / counts[counts > 0]
-    )
+    if rewarded and batch.returns is None and settings.advantage in OF_A_GROUP:
+        flat, total = zero_std_groups(sequence_rewards(batch, **_shaping(settings)), batch.group_ids)
+        metrics["reward/groups_zero_std_frac"] = flat / total
+    values = batch.advantages[batch.loss_mask].double()
+    if batch.returns is None and settings.advantage in OF_A_RESPONSE and not settings.whiten_advantages:
+        counts = batch.loss_mask.sum(-1)
+        sums = torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)
+        values = sums[counts > 0] / counts[counts > 0]
     if values.numel():
         metrics |= {
             "advantage/mean": values.mean().item(),

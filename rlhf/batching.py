@@ -90,7 +90,7 @@ def make_batch(
     `loss_mask` is `response_mask` without the rows that `why_masked` names; such a row stays (its reward
     still counts in its group's baseline, if there is one) but not in `num_loss_sequences`; without `needs_reward`
     a missing reward is no reason to mask. A missing reward is NaN, a log-prob that is not finite becomes 0. Rows with a
-    reward above `correct_above` are `right`, with None that is left open. Raises ValueError for no rollouts, an empty
+    reward above `correct_above`, the penalty on their length aside, are `right`; with None that is left open. Raises ValueError for no rollouts, an empty
     prompt, or another number of group ids.
     """
     if len(group_ids) != len(rollouts):
@@ -102,7 +102,10 @@ def make_batch(
     for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
         logprobs[i, len(row.prompt_ids) : row.length] = torch.tensor(rollout.rollout_logprobs)
     rewards = [r.reward if _is_reward(r.reward) else math.nan for r in rollouts]
-    right = None if correct_above is None else torch.tensor([reward > correct_above for reward in rewards])
+    right = None
+    if correct_above is not None:
+        earned = [reward - r.penalty for reward, r in zip(rewards, rollouts, strict=True)]
+        right = torch.tensor([reward > correct_above for reward in earned])
     return recount(
         batch.replace(
             group_ids=torch.tensor(list(group_ids), dtype=torch.long),
@@ -217,8 +220,7 @@ def plan_micro_batches(
     A function of the arguments alone. Raises ValueError for less than one process or token, and for another number of
     units than of lengths.
     """
-    if num_processes < 1 or max_tokens < 1:
-        raise ValueError(f"num_processes={num_processes}, max_tokens={max_tokens}: both must be at least 1")
+    _check_bounds(num_processes, max_tokens)
     if units is not None and len(units) != len(lengths):
         raise ValueError(f"{len(units)} units for {len(lengths)} lengths; give one number for each row")
     rows_of: dict[int, list[int]] = {}
@@ -227,6 +229,95 @@ def plan_micro_batches(
     groups = list(rows_of.values())
     plan = _plan([sum(lengths[r] for r in rows) for rows in groups], num_processes, max_tokens)
     return [[sorted(r for unit in micro for r in groups[unit]) for micro in process] for process in plan]
+
+
+def plan_groups(batch: Batch, *, num_processes: int, max_tokens: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` for a batch whose groups run their prompt once, as `pack` does with `share_prompts`.
+
+    Rows of one group that begin alike stay side by side in one micro-batch, and count as what is run of them: the
+    prompt once, and every response. They are parted where they exceed `max_tokens`, where a process would otherwise have
+    nothing to do, and where the processes, which wait for each other, are done sooner for it; each part runs the
+    prompt again. Without such rows the plan is that of `plan_micro_batches`. Raises ValueError as that does.
+    """
+    _check_bounds(num_processes, max_tokens)
+    units = _shared_units(batch)
+    count, fastest, best = len(units), math.inf, []
+    while True:
+        parts = _parted(units, count, max_tokens)
+        tokens = [part.tokens for part in parts]
+        if sum(tokens) >= fastest * num_processes:  # no plan of these or more parts is faster
+            return best
+        plan = _plan(tokens, num_processes, max_tokens)
+        bins = num_processes * len(plan[0])
+        idle = len(parts) < min(bins, len(batch))
+        time = sum(max(sum(tokens[u] for u in micro) for micro in at) for at in zip(*plan, strict=True))
+        if not idle and time < fastest:
+            fastest = time
+            best = [[[row for u in micro for row in parts[u].rows] for micro in process] for process in plan]
+        if len(parts) == len(batch):
+            return best
+        count = bins if idle else len(parts) + bins
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Rows that begin with the same tokens, which run once where the rows stand side by side."""
+
+    rows: tuple[int, ...]
+    rests: tuple[int, ...]  # tokens of each row beside those
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.shared + sum(self.rests)
+
+    def parted(self, count: int, max_tokens: int) -> list[_Unit]:
+        """At least so many parts, about equally long, none longer than `max_tokens` unless it is a row alone."""
+        room = max_tokens - self.shared
+        needed = math.ceil(sum(self.rests) / room) if room > 0 else len(self.rows)
+        count = min(max(count, needed), len(self.rows))
+        while (bins := _fill(self.rests, count, room)) is None:
+            count += 1
+        return [
+            _Unit(tuple(self.rows[i] for i in part), tuple(self.rests[i] for i in part), self.shared)
+            for part in bins
+        ]
+
+
+def _shared_units(batch: Batch) -> list[_Unit]:
+    """The rows of each group that begin alike, and every other row by itself, in the order of their first rows."""
+    lengths, groups = batch.lengths, batch.group_ids
+    order = groups.argsort(stable=True)
+    common = _in_common(batch.token_ids[order], lengths[order], batch.response_mask[order])
+    common = torch.where(groups[order][1:] == groups[order][:-1], common, 0)
+    rows, tokens = order.tolist(), lengths[order].tolist()
+    units, at = [], 0
+    for first, end, shared in [*_shared_runs(common.tolist()), (len(rows), len(rows), 0)]:
+        units += [_Unit((rows[i],), (tokens[i],)) for i in range(at, first)]
+        if shared:
+            units.append(_Unit(tuple(rows[first:end]), tuple(n - shared for n in tokens[first:end]), shared))
+        at = end
+    return sorted(units, key=lambda unit: unit.rows[0])
+
+
+def _parted(units: Sequence[_Unit], count: int, max_tokens: int) -> list[_Unit]:
+    """At least so many parts of the units, or every row alone; the one with the longest parts is parted first."""
+    numbers = [1] * len(units)
+    longest = [(-unit.tokens, i) for i, unit in enumerate(units) if len(unit.rows) > 1]
+    heapq.heapify(longest)
+    for _ in range(count - len(units)):
+        if not longest:
+            break
+        _, i = heapq.heappop(longest)
+        numbers[i] += 1
+        if numbers[i] < len(units[i].rows):
+            heapq.heappush(longest, (-units[i].tokens / numbers[i], i))
+    return [part for unit, n in zip(units, numbers, strict=True) for part in unit.parted(n, max_tokens)]
+
+
+def _check_bounds(num_processes: int, max_tokens: int) -> None:
+    if num_processes < 1 or max_tokens < 1:
+        raise ValueError(f"num_processes={num_processes}, max_tokens={max_tokens}: both must be at least 1")
 
 
 def _plan(lengths: Sequence[int], num_processes: int, max_tokens: int) -> list[list[list[int]]]:
@@ -293,7 +384,9 @@ def pack(batch: Batch, targets: torch.Tensor, *, share_prompts: bool = False) ->
             "token; nothing predicts those; start the sequence with a prompt or <bos>"
         )
     rows, cols = targets.nonzero(as_tuple=True)
-    shared = _shared_prompts(batch.token_ids, lengths, targets) if share_prompts else []
+    shared = []
+    if share_prompts and len(batch) > 1:
+        shared = _shared_runs(_in_common(batch.token_ids, lengths, targets).tolist())
     if shared:
         return _pack_shared(batch, shared, rows, cols)
     ends = lengths.cumsum(0)
@@ -313,25 +406,40 @@ def pack(batch: Batch, targets: torch.Tensor, *, share_prompts: bool = False) ->
 _LEAST_SHARED = 8  # tokens; a sequence more in the pack is not worth fewer
 
 
-def _shared_prompts(
-    token_ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor
-) -> list[tuple[int, int, int]]:
-    """[(first row, row after the last, tokens)] of neighbouring rows that begin with the same tokens, none of which is
-    a target. At least one token of every row is left to itself."""
-    if len(lengths) < 2:
-        return []
-    before_targets = torch.where(targets.any(-1), targets.int().argmax(-1), lengths - 1)
-    alike = (token_ids[1:] == token_ids[:-1]).int().cumprod(-1).sum(-1)
+def _in_common(token_ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B - 1,) int64: with how many tokens, none of them a target, each row and the next begin alike. At least one
+    token of every row is left to itself."""
+    before_targets = torch.where(targets.any(-1), targets.byte().argmax(-1), lengths - 1)
     room = torch.minimum(before_targets[1:], before_targets[:-1])
-    common = torch.minimum(alike, room).tolist()  # of each row with the next
+    differs = token_ids[1:] != token_ids[:-1]
+    return torch.where(differs.any(-1), differs.byte().argmax(-1).minimum(room), room)
+
+
+def _shared_runs(common: Sequence[int]) -> list[tuple[int, int, int]]:
+    """[(first row, row after the last, tokens)] of neighbours that have `tokens` in common, chosen so that as few
+    tokens as possible are run: a run's first tokens once, and the rest of each of its rows.
+
+    common[i] is what rows i and i + 1 have in common. No other choice of runs runs fewer, so that what is planned side by
+    side (`plan_groups`) shares at least what was planned.
+    """
+    saved = [0] * (len(common) + 2)  # tokens, from each row on
+    runs: list[tuple[int, int] | None] = [None] * (len(common) + 1)
+    for row in range(len(common) - 1, -1, -1):
+        saved[row], shared = saved[row + 1], common[row]
+        for end in range(row + 2, len(common) + 2):
+            shared = min(shared, common[end - 2])
+            if shared < _LEAST_SHARED:
+                break
+            if shared * (end - row - 1) + saved[end] >= saved[row]:
+                saved[row], runs[row] = shared * (end - row - 1) + saved[end], (end, shared)
     found, row = [], 0
-    while row < len(common):
-        tokens, end = common[row], row + 1
-        if tokens >= _LEAST_SHARED:
-            while end < len(common) and common[end] >= tokens:
-                end += 1
-            found.append((row, end + 1, tokens))
-        row = end + (tokens >= _LEAST_SHARED)
+    while row < len(runs):
+        if runs[row] is None:
+            row += 1
+        else:
+            end, shared = runs[row]
+            found.append((row, end, shared))
+            row = end
     return found
 
 

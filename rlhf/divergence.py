@@ -99,24 +99,24 @@ def topk_divergence(
 ) -> torch.Tensor:
     """The divergence over K + 1 outcomes: the teacher's K likeliest tokens, and any other.
 
-    student_logits (M, V); teacher_ids (M, K) int64 and teacher_logprobs (M, K) nats at the same temperature,
+    student_logits (M, V); teacher_ids (M, K) int64 and teacher_logprobs (M, K + 1) nats at the same temperature,
     from `teacher_top_k` -> (M,) fp32 (fp64 stays), nats. Merging outcomes never makes a divergence larger:
     this is a lower bound of the whole one, and a proper divergence between what was kept. (Renormalising the
     K, as is often done, ignores how much the student puts elsewhere.) Differentiable in the student's logits.
     """
     measure = _measure(divergence, temperature, jsd_beta)
-    if teacher_ids.shape != teacher_logprobs.shape or len(teacher_ids) != len(student_logits):
+    rows, kept = teacher_ids.shape
+    if teacher_logprobs.shape != (rows, kept + 1) or rows != len(student_logits):
         raise ValueError(
             f"teacher_ids {tuple(teacher_ids.shape)}, teacher_logprobs {tuple(teacher_logprobs.shape)} and "
-            f"student logits {tuple(student_logits.shape)} must be (M, K), (M, K) and (M, V)"
+            f"student logits {tuple(student_logits.shape)} must be (M, K), (M, K + 1) and (M, V)"
         )
 
     def of_rows(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         student = log_softmax(logits, temperature)
         ids = teacher_ids[rows]
-        rest = student.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
-        student = torch.cat([student.gather(1, ids), rest.clamp(min=_LOG_NOTHING)], -1)
-        return measure(_with_rest(teacher_logprobs[rows].to(student.dtype)), student)
+        student = torch.cat([student.gather(1, ids), _log_rest(student.scatter(1, ids, -math.inf))], -1)
+        return measure(teacher_logprobs[rows].to(student.dtype), student)
 
     return _ChunkedRows.apply(student_logits, of_rows)
 
@@ -125,14 +125,20 @@ def topk_divergence(
 def teacher_top_k(
     logits: torch.Tensor, *, top_k: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (M, K) int64 and log-probs (M, K) fp32 of each row's likeliest tokens at `temperature`, best first.
+    """Ids (M, K) int64 of each row's likeliest tokens at `temperature`, best first, and log-probs (M, K + 1) fp32 of
+    these and of any other token.
 
-    logits (M, V); K is `top_k`, or V where that is less.
+    logits (M, V); K is `top_k`, or V where that is less: then there is no other, and its log-prob is that of nothing.
+    The last is summed over the others, since 1 - (the sum of the first) loses a tail below 1e-7 in fp32.
     """
-    ids = torch.empty(len(logits), min(top_k, logits.shape[1]), dtype=torch.long, device=logits.device)
-    logprobs = torch.empty_like(ids, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    kept = min(top_k, logits.shape[1])
+    ids = torch.empty(len(logits), kept, dtype=torch.long, device=logits.device)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs = torch.empty(len(logits), kept + 1, dtype=dtype, device=logits.device)
     for rows in _chunks(logits):
-        logprobs[rows], ids[rows] = log_softmax(logits[rows], temperature).topk(ids.shape[1], dim=-1)
+        every = log_softmax(logits[rows], temperature)
+        logprobs[rows, :kept], ids[rows] = every.topk(kept, dim=-1)
+        logprobs[rows, kept:] = _log_rest(every.scatter_(1, ids[rows], -math.inf))
     return ids, logprobs
 
 
@@ -154,7 +160,7 @@ def collision_entropy(logits: torch.Tensor, *, temperature: float) -> torch.Tens
 
 def distill_loss(
     batch: Batch,
-    logprobs: torch.Tensor,
+    logprobs: torch.Tensor | None,
     divergences: torch.Tensor,
     *,
     temperature: float,
@@ -163,21 +169,25 @@ def distill_loss(
     """Mean over the step's loss tokens of temperature^2 * divergence - nll_coef * log p(token).
 
     divergences (B, T) at `temperature` and logprobs (B, T) at temperature 1, token-aligned, nats, with
-    gradient. Gradients at temperature T are 1 / T^2 as large, hence the factor (Hinton et al., arXiv
-    1503.02531, where nll_coef is (1 - a) / a). The scalar is this micro-batch's share of the step's loss.
-    Sums over tokens beside `num_tokens`: distill/divergence (without the factor), distill/nll.
+    gradient; logprobs None on the student's own responses, which are no data: there is no NLL then. Gradients at
+    temperature T are 1 / T^2 as large, hence the factor (Hinton et al., arXiv 1503.02531, where nll_coef is
+    (1 - a) / a). The scalar is this micro-batch's share of the step's loss. Sums over tokens beside `num_tokens`:
+    distill/divergence (without the factor), and distill/nll of data.
     """
     mask = batch.loss_mask
-    divergences, nll = torch.where(mask, divergences, 0.0), -torch.where(mask, logprobs, 0.0)
-    per_token = temperature**2 * divergences
-    if nll_coef:
-        per_token = per_token + nll_coef * nll
+    divergences = torch.where(mask, divergences, 0.0)
+    per_token, sums = temperature**2 * divergences, {}
+    if logprobs is not None:
+        nll = -torch.where(mask, logprobs, 0.0)
+        sums["distill/nll"] = nll.detach().double().sum()
+        if nll_coef:
+            per_token = per_token + nll_coef * nll
     share = per_token.sum() / max(batch.num_loss_tokens, 1)
     return share, {
         "num_tokens": mask.sum().double(),
         "distill/loss": share.detach().double(),
         "distill/divergence": divergences.detach().double().sum(),
-        "distill/nll": nll.detach().double().sum(),
+        **sums,
     }
 
 
@@ -207,10 +217,10 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * distance).sum(-1)
 
 
-def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """(m, K) log-probs with one more column, log(1 - their sum)."""
-    rest = (-torch.expm1(logprobs.logsumexp(-1, keepdim=True).clamp(max=0))).log()
-    return torch.cat([logprobs, rest.clamp(min=_LOG_NOTHING)], -1)
+def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """(m, V) log-probs, -inf where a token is kept apart -> (m, 1), of all the others together."""
+    rest = logprobs.logsumexp(-1, keepdim=True)
+    return torch.where(rest == -math.inf, _LOG_NOTHING, rest)
 
 
 def _measure(divergence: str, temperature: float, jsd_beta: float) -> Callable[..., torch.Tensor]:

@@ -106,10 +106,11 @@ def batch_logits(
 def batch_top_logprobs(
     model: torch.nn.Module, batch: Batch, *, targets: torch.Tensor, temperature: float, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens in place of each target, likeliest first: (B, T, K) int64, and their log-probs (B, T, K)
-    fp32; 0 where `targets` is False. K is `top_k`, or the vocabulary where that is less."""
+    """The likeliest tokens in place of each target, likeliest first: (B, T, K) int64, and log-probs (B, T, K + 1) fp32,
+    theirs and that of any other token; 0 where `targets` is False. K is `top_k`, or the vocabulary where that is
+    less."""
     packed, logits = batch_logits(model, batch, targets=targets)
     ids, logprobs = teacher_top_k(logits, top_k=top_k, temperature=temperature)
-    shape = (*targets.shape, ids.shape[1])
     at = (packed.rows, packed.cols)
-    return ids.new_zeros(shape).index_put(at, ids), logprobs.new_zeros(shape).index_put(at, logprobs)
+    ids, logprobs = (x.new_zeros((*targets.shape, x.shape[1])).index_put_(at, x) for x in (ids, logprobs))
+    return ids, logprobs

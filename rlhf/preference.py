@@ -11,7 +11,7 @@ tokens, h = beta (rho_w - rho_l), s the sigmoid. Names of losses are TRL's; "TRL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -513,12 +513,20 @@ def pair_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
+def compares_means(losses: Iterable[str]) -> bool:
+    """Whether responses are compared by means over their tokens, not by sums: where all losses that compare do so."""
+    comparing = set(losses) - {"sft"}
+    return comparing <= PER_TOKEN
+
+
 def _pair_sums(pairs: Pairs, settings: PreferenceSettings) -> Sums:
     if set(settings.losses) <= REFERENCE_FREE:
-        reward_w = settings.beta * pairs.logprob_w / pairs.len_w
-        reward_l = settings.beta * pairs.logprob_l / pairs.len_l
+        reward_w, reward_l = pairs.logprob_w, pairs.logprob_l
     else:
-        reward_w, reward_l = settings.beta * pairs.score_w, settings.beta * pairs.score_l
+        reward_w, reward_l = pairs.score_w, pairs.score_l
+    if compares_means(settings.losses):
+        reward_w, reward_l = reward_w / pairs.len_w, reward_l / pairs.len_l
+    reward_w, reward_l = settings.beta * reward_w, settings.beta * reward_l
     won = (reward_w > reward_l).double() + 0.5 * (reward_w == reward_l).double()
     return {
         "num_pairs": torch.full_like(reward_w, 1.0).sum(),

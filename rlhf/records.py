@@ -45,6 +45,7 @@ class Rollout:
     reward: float | None = None  # None = not scored, or scoring failed: masked and counted, never a zero
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # unweighted components by name
     reward_error: str | None = None  # why `reward` is missing
+    penalty: float = 0.0  # what of `reward` is for its length, and says nothing about how good it is
 
     def __post_init__(self) -> None:
         n = len(self.response_ids)
@@ -134,7 +135,7 @@ class Batch:
     token_rewards: torch.Tensor | None = None  # (B, T) fp32, reward of each token, KL included
     cov_tokens: torch.Tensor | None = None  # (B, T) bool, held back for their covariance
     teacher_ids: torch.Tensor | None = None  # (B, T, K) int64, the teacher's likeliest tokens at t
-    teacher_logprobs: torch.Tensor | None = None  # (B, T, K) fp32, nats, their log-probs
+    teacher_logprobs: torch.Tensor | None = None  # (B, T, K + 1) fp32, nats: theirs, and of any other token
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape

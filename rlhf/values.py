@@ -43,7 +43,7 @@ def batch_values(
     Token-aligned: (B, T) fp32, 0 where `targets` (default: response_mask) is False.
     """
     targets = batch.response_mask if targets is None else targets
-    return _read(model, batch, targets, shift=1)
+    return _read(model, batch, targets, before=True)
 
 
 def batch_logprobs_and_values(
@@ -53,21 +53,22 @@ def batch_logprobs_and_values(
     temperature: float,
     entropy: bool = False,
     targets: torch.Tensor | None = None,
+    share_prompts: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """`batch_logprobs` and `batch_values` from one forward pass of a causal language model with a value head
     (`rlhf.models.value_head`): log-probs, entropies or None, values; each (B, T) fp32, 0 where `targets` (default:
-    response_mask) is False.
+    response_mask) is False. `share_prompts` as there.
     """
     targets = batch.response_mask if targets is None else targets
     if len(batch) == 0:
         nothing = torch.zeros(targets.shape, device=targets.device)
         return nothing, nothing.clone() if entropy else None, nothing.clone()
-    packed = pack(batch, targets)
+    packed = pack(batch, targets, share_prompts=share_prompts)
     with ask_values() as given:
         logprobs, entropies = packed_logprobs(model, packed, temperature=temperature, entropy=entropy)
     (values,) = given
     if len(values) == len(packed.token_ids):  # of every token; else of those before the targets already
-        values = values[packed.target_index - 1]
+        values = values[packed.source_index]
     entropies = unpack(packed, entropies, targets) if entropy else None
     return unpack(packed, logprobs, targets), entropies, unpack(packed, values, targets)
 
@@ -76,7 +77,7 @@ def batch_step_scores(model: torch.nn.Module, batch: Batch, targets: torch.Tenso
     """A process reward model's score (a logit) at each of the tokens that `targets` (B, T) bool marks, read when
     that token has been. (B, T) fp32, 0 elsewhere.
     """
-    return _read(model, batch, targets, shift=0)
+    return _read(model, batch, targets, before=False)
 
 
 def batch_rewards(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -87,8 +88,10 @@ def batch_rewards(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return packed_scores(model, packed)[packed.cu_seqlens[1:].long() - 1]
 
 
-def _read(model: torch.nn.Module, batch: Batch, targets: torch.Tensor, *, shift: int) -> torch.Tensor:
+def _read(model: torch.nn.Module, batch: Batch, targets: torch.Tensor, *, before: bool) -> torch.Tensor:
+    """Scores at the targets; or `before` them, where rows of one prompt run it once."""
     if len(batch) == 0:
         return torch.zeros(targets.shape, device=targets.device)
-    packed = pack(batch, targets)
-    return unpack(packed, packed_scores(model, packed)[packed.target_index - shift], targets)
+    packed = pack(batch, targets, share_prompts=before)
+    places = packed.source_index if before else packed.target_index
+    return unpack(packed, packed_scores(model, packed)[places], targets)

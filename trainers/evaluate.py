@@ -11,6 +11,7 @@ import torch
 from rlhf.batching import in_batches, make_preference_batch
 from rlhf.data import PromptDataset
 from rlhf.pass_at_k import majority, pass_at_k
+from rlhf.preference import compares_means
 from rlhf.recipe import rules
 from rlhf.recipe.schema import EvaluationConfig
 from rlhf.records import Batch, Rollout, RolloutGroup
@@ -91,8 +92,8 @@ def eval_metrics(
 def evaluate_pairs(name: str, pairs: Any, stage: Stage) -> dict[str, float]:
     """How often the chosen answer scores higher than the rejected one, with a 95 % interval, and by how much.
 
-    The score is a reward model's, or for a policy beta times its log-ratio to the reference (its mean log-prob per token
-    where nothing compares with a reference). `eval/<name>/{accuracy,accuracy_low,accuracy_high,margin}`; equal scores
+    The score is a reward model's, or for a policy beta times its log-ratio to the reference (its log-prob where nothing
+    compares with a reference), summed or per token as its losses compare; sft has the mean log-prob per token. `eval/<name>/{accuracy,accuracy_low,accuracy_high,margin}`; equal scores
     count half.
     """
     scores = []
@@ -114,14 +115,16 @@ def _scores(stage: Stage, batch: Batch) -> torch.Tensor:
     if stage.recipe.method == "rm":
         scores = stage.actor.rewards(batch)
     else:
+        recipe, means = stage.recipe, False
         scores = sequence_logprobs(stage.actor.score(batch), batch.loss_mask)
-        if batch.ref_logprobs is None:
-            scores = scores / sequence_lengths(batch.loss_mask)
-        else:
+        if batch.ref_logprobs is not None:
             scores = scores - sequence_logprobs(batch.ref_logprobs, batch.loss_mask)
-        recipe = stage.recipe
-        of_losses = recipe.kto if recipe.method == "kto" else rules.decided_preference(recipe)
-        scores = of_losses.beta * scores
+        if recipe.method == "kto":
+            beta = recipe.kto.beta
+        else:
+            settings = rules.decided_preference(recipe)
+            beta, means = settings.beta, recipe.method == "sft" or compares_means(settings.losses)
+        scores = beta * (scores / sequence_lengths(batch.loss_mask) if means else scores)
     return (scores[0::2] - scores[1::2]).float()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf.batching import unpack
+from rlhf.batching import PackedSequences, unpack
 from rlhf.divergence import collision_entropy, distill_loss, logits_divergence, topk_divergence
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.kto import LABEL_LOSSES
@@ -59,7 +59,11 @@ def policy_and_value(recipe: Recipe, model: torch.nn.Module, micro: Batch, *, kl
     """Policy gradient and the critic's loss from one pass, where both have one trunk."""
     settings = rules.decided(recipe).model_copy(update={"kl_coef": kl_coef})
     logprobs, entropy, values = batch_logprobs_and_values(
-        model, micro, temperature=recipe.rollout.temperature, entropy=True
+        model,
+        micro,
+        temperature=recipe.rollout.temperature,
+        entropy=True,
+        share_prompts=_rows_are_alike(recipe),
     )
     loss, sums = policy_loss(
         micro, logprobs, entropy, settings, constant_length=recipe.rollout.max_response_tokens
@@ -77,7 +81,11 @@ def ptx(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
     """The NLL that keeps a policy a language model, weighted (InstructGPT's PPO-ptx)."""
     if recipe.shares_trunk:  # every trained tensor takes part in every micro-batch, as DeepSpeed wants it
         logprobs, _, values = batch_logprobs_and_values(
-            model, micro, temperature=1.0, targets=micro.loss_mask
+            model,
+            micro,
+            temperature=1.0,
+            targets=micro.loss_mask,
+            share_prompts=_rows_are_alike(recipe),
         )
         loss, sums = sft_loss(micro, logprobs + 0.0 * values)
     else:
@@ -127,22 +135,41 @@ def value(recipe: Recipe, model: torch.nn.Module, micro: Batch) -> Loss:
 def distill(
     recipe: Recipe, model: torch.nn.Module, micro: Batch, *, teacher: torch.nn.Module | None = None
 ) -> Loss:
-    """Distance to the teacher at every token of the loss mask: to the whole distributions of `teacher`, or to what the
-    batch holds of them."""
-    d, like = recipe.distill, micro.token_ids
+    """Distance to the teacher at every token of the data's answers, and their NLL."""
+    packed, logits, distance = _to_teacher(recipe, model, micro, teacher)
+    logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
+    like = micro.token_ids
+    return bind(distill_loss, recipe.distill)(
+        micro, unpack(packed, logprobs, like), unpack(packed, distance, like)
+    )
+
+
+def distill_own(
+    recipe: Recipe, model: torch.nn.Module, micro: Batch, *, teacher: torch.nn.Module | None = None
+) -> Loss:
+    """Distance to the teacher at every token of the student's own responses."""
+    packed, _, distance = _to_teacher(recipe, model, micro, teacher)
+    return bind(distill_loss, recipe.distill)(micro, None, unpack(packed, distance, micro.token_ids))
+
+
+def _to_teacher(
+    recipe: Recipe, model: torch.nn.Module, micro: Batch, teacher: torch.nn.Module | None
+) -> tuple[PackedSequences, torch.Tensor, torch.Tensor]:
+    """The pack of the loss mask's M tokens, the student's logits (M, V) and the distance (M,): to the whole distributions
+    of `teacher`, or to what the batch holds of them."""
+    d = recipe.distill
     packed, logits = batch_logits(model, micro, targets=micro.loss_mask)
     if teacher is not None:
         with torch.no_grad():
             _, teacher_logits = batch_logits(teacher, micro, targets=micro.loss_mask)
-        distance = bind(logits_divergence, d)(logits, teacher_logits)
-    else:
-        at = (packed.rows, packed.cols)
-        distance = bind(topk_divergence, d)(logits, micro.teacher_ids[at], micro.teacher_logprobs[at])
-    logprobs, _ = token_logprobs(logits, target_ids(packed), 1.0)
-    return bind(distill_loss, d)(micro, unpack(packed, logprobs, like), unpack(packed, distance, like))
+        return packed, logits, bind(logits_divergence, d)(logits, teacher_logits)
+    at = (packed.rows, packed.cols)
+    distance = bind(topk_divergence, d)(logits, micro.teacher_ids[at], micro.teacher_logprobs[at])
+    return packed, logits, distance
 
 
 POLICY_LOSSES = ("policy", "policy_and_value")  # they take the step's kl_coef
+TEACHER_LOSSES = ("distill", "distill_own")  # they may take the teacher
 LOSSES: dict[str, Callable[..., Loss]] = {
     "policy": policy,
     "policy_and_value": policy_and_value,
@@ -154,7 +181,13 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "process_reward": process_reward,
     "value": value,
     "distill": distill,
+    "distill_own": distill_own,
 }
+
+
+def sharing_losses(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the losses that run the prompt of a group's neighbouring responses once."""
+    return POLICY_LOSSES if _rows_are_alike(recipe) else ()
 
 
 def loss_function(name: str, recipe: Recipe, **changing: Any) -> Callable[[torch.nn.Module, Batch], Loss]:

@@ -28,6 +28,6 @@ def with_baseline(stage: Stage, batch: Batch) -> Batch:
     """The batch with what the loss compares every row with, under the weights that the update starts from."""
     if stage.recipe.kto.loss == "bco":
         return with_bco_baseline(batch, stage.actor.score(batch))
-    others = mismatched(batch, max_tokens=int(batch.lengths.max()))
+    others = mismatched(batch, max_tokens=stage.context)
     others = others.replace(ref_logprobs=stage.reference.score(others))
     return with_kto_baseline(batch, others, stage.actor.score(others))

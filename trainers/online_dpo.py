@@ -1,7 +1,9 @@
-"""DPO on the policy's own responses: online and iterative DPO (arXiv 2402.04792), and SPIN (2401.01335).
+"""DPO on sampled responses: online and iterative DPO (arXiv 2402.04792), and SPIN (2401.01335).
 
-Every step samples a group for each prompt and makes one pair of it: the best response against the worst, or the
-row's own answer against a response. `reference.update_every` starts a new iteration of iterative DPO or SPIN.
+Every step samples a group for each prompt. Of the policy's own responses the best against the worst is a pair; SPIN
+(`online.pairs: gold`) sets the row's own answer against each response of its opponent, the reference of the iteration.
+`reference.update_every` starts a new iteration of either. With losses that compare with no reference SPIN's opponent is
+the policy itself.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def train_online_dpo(stage: Stage) -> None:
         if pairs:
             batch = stage.with_reference(make_preference_batch(pairs))
             updates = preference_updates(stage, batch)
-        stage.publish()
+        if stage.opponent is None:
+            stage.publish()
         stage.refresh_reference(step)
         stage.track(step, rollouts=rollouts, batch=batch, updates=updates)
 

@@ -34,12 +34,9 @@ def train_rejection(stage: Stage) -> None:
             selected.append(as_record(rollout, step + 1) for rollout in best)
             selected.sync()  # before the checkpoint that covers it
             batch, updates = imitate(stage, best) if best and online.train else (None, [])
-            stage.note(
-                {
-                    "rollout/selected_frac": len(best) / len(flatten(groups)),
-                    "rollout/best_of_n_kl": math.log(size) - (size - 1) / size,
-                }
-            )
+            stage.note({"rollout/selected_frac": len(best) / len(flatten(groups))})
+            if online.min_reward is None:  # what passes a bar may be as far away as passing is rare
+                stage.note({"rollout/best_of_n_kl": math.log(size) - (size - 1) / size})
             stage.publish()
             stage.track(step, rollouts=flatten(groups), batch=batch, updates=updates)
 

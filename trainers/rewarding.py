@@ -137,6 +137,12 @@ def shorten(rollouts: Sequence[Rollout], recipe: Recipe) -> list[Rollout]:
         for r in rollouts
     ]
     return [
-        add_part(r, OVERLONG_PART, p, weight=a.overlong_penalty)
+        add_part(r, OVERLONG_PART, p, weight=a.overlong_penalty).replace(penalty=a.overlong_penalty * p)
         for r, p in zip(rollouts, penalties, strict=True)
     ]
+
+
+def penalty_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`reward/overlong/mean`, unweighted, where there is such a penalty."""
+    found = [r.reward_parts[OVERLONG_PART] for r in rollouts if OVERLONG_PART in r.reward_parts]
+    return {f"reward/{OVERLONG_PART}/mean": sum(found) / len(found)} if found else {}

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from rlhf import rng
-from rlhf.batching import plan_micro_batches
+from rlhf.batching import plan_groups, plan_micro_batches
 from rlhf.records import Batch, Prompt, Rollout, RolloutGroup
 from rlhf.rollout import Request, SamplingParams
 from rlhf.trainers.deepspeed_engine import UpdateStats
@@ -45,9 +45,16 @@ class Clock:
         return taken
 
 
-def _share_out(batch: Batch, processes: int, max_tokens: int) -> list[list[list[int]]]:
-    """Which rows each process takes in each micro-batch; the two rows of a preference pair stay together."""
+# What runs the prompt of neighbouring rows once (`rlhf.batching.pack`).
+_SHARING_SCORES = ("score", "score_with_values", "score_reference", "score_teacher", "score_values")
+
+
+def _share_out(batch: Batch, processes: int, max_tokens: int, *, shares: bool) -> list[list[list[int]]]:
+    """Which rows each process takes in each micro-batch; the two rows of a preference pair stay together, and with
+    `shares`, where a prompt is run once for its neighbouring responses, as far as possible those of a group."""
     pairs = batch.labels is not None and batch.group_ids is not None
+    if shares and batch.group_ids is not None and not pairs:
+        return plan_groups(batch, num_processes=processes, max_tokens=max_tokens)
     units = batch.group_ids.tolist() if pairs else None
     return plan_micro_batches(
         batch.lengths.tolist(), num_processes=processes, max_tokens=max_tokens, units=units
@@ -56,7 +63,7 @@ def _share_out(batch: Batch, processes: int, max_tokens: int) -> list[list[list[
 
 def _score(group: Any, method: str, batch: Batch, max_tokens: int, *args: Any) -> torch.Tensor:
     """What `method` gives for every row, (B,) or (B, T) fp32, gathered from the group's processes in row order."""
-    plan = _share_out(batch, group.size, max_tokens)
+    plan = _share_out(batch, group.size, max_tokens, shares=method in _SHARING_SCORES)
     results = group.call_each(method, [([batch.select(rows) for rows in micros], *args) for micros in plan])
     rows = [row for micros in plan for part in micros for row in part]
     parts = [part for tensors in results for part in tensors]
@@ -79,10 +86,13 @@ def _gathered(batch: Batch, rows: Sequence[int], parts: Sequence[torch.Tensor]) 
 
 
 class Actor:
-    """The policy that is trained."""
+    """The policy that is trained. `sharing` names the losses that run the prompt of neighbouring rows once."""
 
-    def __init__(self, group: Any, clock: Clock, *, micro_batch_tokens: int) -> None:
+    def __init__(
+        self, group: Any, clock: Clock, *, micro_batch_tokens: int, sharing: Collection[str]
+    ) -> None:
         self.group, self._clock, self._max_tokens = group, clock, micro_batch_tokens
+        self._sharing = sharing
 
     def score(self, batch: Batch) -> torch.Tensor:
         """(B, T) fp32: log-probs of the response tokens under the current weights, nats."""
@@ -108,7 +118,7 @@ class Actor:
     def update(self, *parts: tuple[Batch, str], **changing: float) -> UpdateStats:
         """One optimiser step on whole batches, each with its loss (a name in `trainers.forward.LOSSES`)."""
         with self._clock.phase("update"):
-            return _update(self.group, "actor", parts, self._max_tokens, changing)
+            return _update(self.group, "actor", parts, self._max_tokens, changing, sharing=self._sharing)
 
 
 class Critic:
@@ -125,16 +135,24 @@ class Critic:
     def update(self, batch: Batch) -> UpdateStats:
         """One optimiser step on the whole batch."""
         with self._clock.phase("update_critic"):
-            return _update(self.group, "critic", [(batch, "value")], self._max_tokens, {})
+            parts = [(batch, "value")]
+            return _update(self.group, "critic", parts, self._max_tokens, {}, sharing=("value",))
 
 
 def _update(
-    group: Any, role: str, parts: Sequence[tuple[Batch, str]], max_tokens: int, changing: Mapping[str, float]
+    group: Any,
+    role: str,
+    parts: Sequence[tuple[Batch, str]],
+    max_tokens: int,
+    changing: Mapping[str, float],
+    *,
+    sharing: Collection[str],
 ) -> UpdateStats:
     """Share every part out; each process gets [(micro-batch, loss)], as many as every other process."""
     shares: list[list[tuple[Batch, str]]] = [[] for _ in range(group.size)]
     for batch, loss in parts:
-        for share, micros in zip(shares, _share_out(batch, group.size, max_tokens), strict=True):
+        plan = _share_out(batch, group.size, max_tokens, shares=loss in sharing)
+        for share, micros in zip(shares, plan, strict=True):
             share.extend((batch.select(rows), loss) for rows in micros)
     return group.call_each("update", [(role, share, dict(changing)) for share in shares])[
         0
@@ -203,9 +221,10 @@ class Teacher:
             return _score(self.group, "score_teacher", batch, self._max_tokens)
 
     def top(self, batch: Batch) -> Batch:
-        """The batch with the teacher's likeliest tokens at every loss token and their log-probs, (B, T, K)."""
+        """The batch with the teacher's likeliest tokens at every loss token, (B, T, K), and their log-probs and that of
+        any other token, (B, T, K + 1)."""
         with self._clock.phase("teacher"):
-            plan = _share_out(batch, self.group.size, self._max_tokens)
+            plan = _share_out(batch, self.group.size, self._max_tokens, shares=False)
             args = [([batch.select(rows) for rows in micros],) for micros in plan]
             results = self.group.call_each("teacher_top", args)
         rows = [row for micros in plan for part in micros for row in part]

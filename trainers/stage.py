@@ -40,7 +40,7 @@ from rlhf.trainers.metrics import rollout_metrics, staleness_metrics, update_met
 from rlhf.trainers.reference_cache import ReferenceCache, shared_file
 from rlhf.trainers.replay import Replay
 from rlhf.trainers.reward_scale import store_scale
-from rlhf.trainers.rewarding import RewardSum, merged_metrics, shorten
+from rlhf.trainers.rewarding import RewardSum, merged_metrics, penalty_metrics, shorten
 from rlhf.trainers.roles import Actor, Clock, Critic, Reference, Sampler, Teacher
 from rlhf.trainers.weights import publish
 
@@ -68,6 +68,7 @@ class Progress:
     critic_skipped_in_a_row: int = 0
     kl_coef: float = 0.0  # as it is now: it may adapt
     best: float | None = None  # best value of evaluation.keep_best so far
+    reference_version: int = 0  # `version` of the actor that the reference last moved to
 
 
 @dataclass
@@ -91,12 +92,14 @@ class Stage:
     reference: Reference | None = None
     teacher: Teacher | None = None
     sampler: Sampler | None = None
+    opponent: Sampler | None = None  # whose responses training learns from, where that is not the sampler
     scorer: Scorer | RewardSum | None = None
     eval_scorer: Scorer | None = None  # of evaluations; None = the training's
     ptx_data: Any = None
     prompt_data: Any = None  # prompts of a method whose data is something else
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the data's answers by prompt id
     held_out: Mapping[str, Any] = field(default_factory=dict)  # rows of the data's kind
+    context: int | None = None  # tokens that the model can read
     identity: Mapping[str, Mapping[str, str]] = field(
         default_factory=dict
     )  # what it was started with; in checkpoints
@@ -181,8 +184,8 @@ class Stage:
 
     def generate(self, prompts: Sequence[Prompt], step: int, *, first: int = 0) -> list[RolloutGroup]:
         """rollout.group_size responses to each prompt; `first` numbers the prompts of a later round of the step."""
-        size = self.recipe.rollout.group_size
-        return self.sampler.generate(
+        size, sampler = self.recipe.rollout.group_size, self.opponent or self.sampler
+        return sampler.generate(
             prompts, self.sampling, samples=size, purpose="rollout", step=step, first=first
         )
 
@@ -253,7 +256,8 @@ class Stage:
         return batch.replace(cov_tokens=select(batch.old_logprobs, batch.advantages, batch.loss_mask))
 
     def prepare_reference(self, make_batch: Callable[[Sequence[Any]], Batch]) -> None:
-        """Compute the reference's log-probs of the whole data before the first update, or take them from the disk."""
+        """Compute the reference's log-probs of the whole data before the first update, or take them from the disk. A
+        reference of its own is let go then, and not even loaded where they are on the disk."""
         if not rules.needs_reference_logprobs(self.recipe) or self.recipe.reference.update_every is not None:
             return
         sets = {"train": self.data, **self.eval_pairs}
@@ -273,6 +277,9 @@ class Stage:
             self._cache = ReferenceCache.make(sets, make_batch, scorer.score, made_from)
         for path in (path for path, cache in found.items() if cache is None):
             self._cache.save(path)
+        if self.reference is not None:
+            self.reference.group.call("release_reference")
+            self.reference = None
 
     def with_reference(self, batch: Batch) -> Batch:
         """The batch with the reference's log-probs, unless nothing compares with a reference."""
@@ -400,6 +407,8 @@ class Stage:
                     role="reference",
                 )
             target.call("mix_reference", config.update_mix, beside_actor=source is target)
+            target.call("set_reference_version", self.progress.version)
+        self.progress.reference_version = self.progress.version
 
     # -- the loop's side: numbers ----------------------------------------------------------------------------------
 
@@ -432,10 +441,13 @@ class Stage:
     def _track_rollouts(self, step: int, rollouts: Sequence[Rollout], batch: Batch | None) -> None:
         scored = any(r.reward is not None or r.reward_error is not None for r in rollouts)
         self._metrics |= rollout_metrics(rollouts) | (merged_metrics(self._judged) if scored else {})
+        self._metrics |= penalty_metrics(rollouts)
         self._judged = []
         self._metrics["weights/version"] = float(self.progress.version)
         if batch is not None and batch.advantages is not None:
-            self._metrics |= advantage_metrics(batch)
+            self._metrics |= advantage_metrics(
+                batch, self.policy_settings, rewarded=self.recipe.method != "distill"
+            )
         if batch is not None:
             self._metrics["rollout/masked_frac"] = 1.0 - batch.num_loss_sequences / len(batch)
         self._timings["rollout_tokens"] = float(sum(len(r.response_ids) for r in rollouts))
@@ -476,6 +488,8 @@ class Stage:
         for group in self._trained_groups():
             group.call("load", str(checkpoint.path))
         self.progress = Progress(**checkpoint.meta["progress"])
+        if self.opponent is not None:
+            self.reference.group.call("set_reference_version", self.progress.reference_version)
         if self._curriculum is not None:
             self._curriculum.load_state(load_tensors(checkpoint.path / _CURRICULUM_FILE))
         if self._replay is not None:
@@ -535,8 +549,8 @@ class Stage:
             tokens, seconds = self._timings.pop(f"{kind}_tokens", None), timings.get(f"time/{phase}_s")
             if tokens and seconds:
                 timings[f"perf/{kind}_tokens_per_s"] = tokens / seconds
-        if self.sampler is not None:
-            timings |= self.sampler.take_stats()
+        for sampler in (self.sampler, self.opponent):
+            timings |= sampler.take_stats() if sampler is not None else {}
         if self._metrics:
             self.tracker.log(
                 self.offset + self.progress.step, self.name, self._metrics, timings | self._timings

@@ -27,19 +27,21 @@ from rlhf.models.scalar import (
     is_scalar_model,
     load_scalar_model,
     reward_scale,
+    scale_of_scores,
     step_separator,
     store_reward_scale,
     store_step_separator,
 )
 from rlhf.models.value_head import add_value_head, is_of_value_head, save_value_head
 from rlhf.process import ProcessInfo
+from rlhf.recipe import rules
 from rlhf.recipe.rules import SCORING_MODELS
 from rlhf.recipe.schema import ModelConfig, Recipe, TokenizerConfig, TrainerConfig
 from rlhf.records import Batch
 from rlhf.reward import JudgeReader
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
-from rlhf.trainers.forward import POLICY_LOSSES, loss_function
+from rlhf.trainers.forward import POLICY_LOSSES, TEACHER_LOSSES, loss_function
 from rlhf.trainers.moving_reference import MovingReference
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
 from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_scores, batch_values
@@ -50,8 +52,9 @@ _REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, where the referenc
 class Worker(WeightMethods):
     """One process and its roles.
 
-    `total_updates` is the number of optimiser steps of the stage: the learning rate is a function of it. `model` and
-    `tokenizer` are objects handed over by the Python API; otherwise both come from the recipe.
+    `total_updates` is the number of optimiser steps of the stage: the learning rate is a function of it, and of those in
+    which the model learns. `model` and `tokenizer` are objects handed over by the Python API; otherwise both come from
+    the recipe.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Worker(WeightMethods):
             None  # where the reference is an average of the actor's weights
         )
         self.engine: Engine | None = None
+        self._opponent: Engine | None = None  # samples from the reference
         make = {
             "actor": self._make_actor,
             "critic": self._make_critic,
@@ -105,7 +109,8 @@ class Worker(WeightMethods):
         )
         if recipe.shares_trunk:
             add_value_head(model, recipe.model.path)
-        actor = self._trained["actor"] = self._training(model, recipe.trainer)
+        own_updates = self._total_updates - rules.pretraining_updates(recipe)
+        actor = self._trained["actor"] = self._training(model, recipe.trainer, own_updates)
         # Unmerged: a rollout group builds the same model, adapters included, and holds the same bits.
         as_is = WeightSource(
             self._policy_weights,
@@ -150,22 +155,34 @@ class Worker(WeightMethods):
             "ema_decay": None,
             "neftune_alpha": None,
         }
-        model = self._scalar(config, head=head, trainable=True)
-        self._trained["critic"] = self._training(model, recipe.trainer.model_copy(update=own))
+        rewards, scale, shift = recipe.reward_model, 1.0, 0.0
+        if head == "load" and rewards is not None and path == rewards.path:
+            scale, shift = scale_of_scores(config, weight=rewards.weight, normalize=rewards.normalize)
+        model = self._scalar(config, head=head, trainable=True, scale=scale, shift=shift)
+        config = recipe.trainer.model_copy(update=own)
+        self._trained["critic"] = self._training(model, config, self._total_updates)
 
     def _make_reference(self) -> None:
-        """With LoRA beside the actor, and where it stays as it is: the actor with its adapters switched off."""
+        """With LoRA beside the actor, and where it stays as it is: the actor with its adapters switched off. Where its
+        log-probs are cached it is loaded when they are asked for."""
         recipe = self.recipe
         apart = recipe.reference.path is not None or recipe.reference.update_every is not None
-        if (
-            recipe.model.lora is not None
-            and not apart
-            and self.actor is not None
-            and self.actor.weights_are_whole
-        ):
-            return
+        beside = self.actor is not None and self.actor.weights_are_whole
         if recipe.reference.path is not None:
             self._same_tokenizer(recipe.reference.path, "reference.path")
+        is_own = apart or recipe.model.lora is None or not beside
+        if is_own and not rules.reference_is_cached(recipe):
+            self._load_reference()
+        if rules.reference_samples(recipe):
+            self._opponent = self._engine(self._reference)
+
+    @property
+    def _reference(self) -> torch.nn.Module:
+        """What is the reference within `_as_reference`."""
+        return self._frozen["reference"] if "reference" in self._frozen else self.actor.module
+
+    def _load_reference(self) -> None:
+        recipe = self.recipe
         copies = recipe.reference.update_every is not None and not self._averages
         model = self._causal(
             _other_model(recipe.model, recipe.reference.path),
@@ -204,6 +221,9 @@ class Worker(WeightMethods):
         model = self.actor.module if shared else self._causal(trainable=self.recipe.model.lora is not None)
         if not shared:
             self._sinks["rollout"] = WeightSink(model)
+        self.engine = self._engine(model)
+
+    def _engine(self, model: torch.nn.Module) -> Engine:
         r = self.recipe.rollout
         config = EngineConfig(
             page_tokens=r.page_tokens,
@@ -212,14 +232,14 @@ class Worker(WeightMethods):
             max_sequences=r.max_sequences,
             prefix_cache=r.prefix_cache,
         )
-        self.engine = Engine(model, config)
+        return Engine(model, config)
 
-    def _training(self, model: torch.nn.Module, config: TrainerConfig) -> TrainingEngine:
+    def _training(self, model: torch.nn.Module, config: TrainerConfig, updates: int) -> TrainingEngine:
         return TrainingEngine(
             model,
             config,
             dtype=self.recipe.model.dtype,
-            total_updates=self._total_updates,
+            total_updates=updates,
             info=self.info,
             seed=self.recipe.run.seed,
         )
@@ -234,7 +254,7 @@ class Worker(WeightMethods):
             **self._options(),
         )
 
-    def _scalar(self, config: ModelConfig, *, head: str, trainable: bool) -> torch.nn.Module:
+    def _scalar(self, config: ModelConfig, *, head: str, trainable: bool, **scores: float) -> torch.nn.Module:
         own = config == self.recipe.model
         return load_scalar_model(
             config,
@@ -243,6 +263,7 @@ class Worker(WeightMethods):
             trainable=trainable,
             model=self._model_object if own else None,
             **self._options(),
+            **scores,
         )
 
     def _options(self) -> dict[str, Any]:
@@ -269,7 +290,8 @@ class Worker(WeightMethods):
         """Facts: number of parameters, bytes of a checkpoint and of the model, in what form the kernels run and how exact the
         engine is here."""
         models = [t.module for t in self._trained.values()] or [*self._frozen.values()]
-        parameters = list((models[0] if models else self.engine.model).parameters())
+        models += [self.engine.model] if self.engine is not None else []
+        parameters = list(models[0].parameters()) if models else []  # a reference may wait to be loaded
         sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parameters]
         facts: dict[str, Any] = {
             "device": self.info.device,
@@ -292,19 +314,35 @@ class Worker(WeightMethods):
 
     # -- rollout -------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of every request, in their order."""
-        if "rollout" in self._sinks:
-            self._sinks["rollout"].check_clean()
-        self.engine.wake()
-        completions = self.engine.generate(requests)
-        if self.info.device != "cpu" and self.actor is not None:
-            self.engine.sleep()
+    def generate(self, requests: Sequence[Request], role: str = "rollout") -> list[list[Completion]]:
+        """Completions of every request, in their order, of the policy or ("reference") of the reference."""
+        if role in self._sinks:
+            self._sinks[role].check_clean()
+        engine = self._sampler(role)
+        engine.wake()
+        with self._as_reference() if role == "reference" else contextlib.nullcontext():
+            completions = engine.generate(requests)
+        alone = self.actor is None and None in (self.engine, self._opponent)
+        if self.info.device != "cpu" and not alone:
+            engine.sleep()
         return completions
 
-    def rollout_stats(self) -> dict[str, float]:
+    def rollout_stats(self, role: str = "rollout") -> dict[str, float]:
         """Of the last `generate`, see `Sampler.take_stats`."""
-        return dict(self.engine.stats)
+        return dict(self._sampler(role).stats)
+
+    def _sampler(self, role: str) -> Engine:
+        return self._opponent if role == "reference" else self.engine
+
+    def _as_reference(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the actor is the reference, where that is the actor without its adapters."""
+        own = "reference" in self._frozen
+        return contextlib.nullcontext() if own else self.actor.module.disable_adapter()
+
+    def set_reference_version(self, version: int) -> None:
+        """The reference has moved: what samples from it forgets what it cached. `version` is the actor's at that time."""
+        if self._opponent is not None:
+            self._opponent.set_version(version)
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
@@ -325,10 +363,17 @@ class Worker(WeightMethods):
 
     def score_reference(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs of the response tokens under the reference, (B, T) fp32 on the CPU for each micro-batch."""
-        if "reference" in self._frozen:
-            return self._logprobs(self._frozen["reference"], micro_batches)
-        with self.actor.module.disable_adapter():
-            return self._logprobs(self.actor.module, micro_batches)
+        if rules.reference_is_cached(self.recipe) and "reference" not in self._frozen:
+            self._load_reference()
+        with self._as_reference():
+            return self._logprobs(self._reference, micro_batches)
+
+    def release_reference(self) -> None:
+        """Let the reference's model go: nothing will be compared with it again."""
+        self._frozen.pop("reference", None)
+        gc.collect()
+        if self.info.device != "cpu":
+            torch.cuda.empty_cache()
 
     def score_teacher(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs of the response tokens under the teacher, (B, T) fp32 on the CPU for each micro-batch."""
@@ -370,9 +415,10 @@ class Worker(WeightMethods):
         return self._judge.ask(self._frozen["judge"], texts, max_tokens=max_tokens, device=self.info.device)
 
     def teacher_top(self, micro_batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The teacher's likeliest tokens at every loss token: (B, T, K) ids and their log-probs, on the CPU."""
+        """The teacher's likeliest tokens at every loss token: (B, T, K) ids and (B, T, K + 1) log-probs, theirs and that of
+        any other token, on the CPU, for each micro-batch that has rows."""
         d, found = self.recipe.distill, []
-        for micro in micro_batches:
+        for micro in filter(len, micro_batches):
             with torch.no_grad():
                 ids, logprobs = batch_top_logprobs(
                     self._frozen["teacher"],
@@ -418,7 +464,7 @@ class Worker(WeightMethods):
 
     def _beside(self, loss: str) -> dict[str, torch.nn.Module]:
         """The models that a loss reads beside the one that is trained."""
-        exact = loss == "distill" and self.recipe.distill.top_k == "all"
+        exact = loss in TEACHER_LOSSES and self.recipe.distill.top_k == "all"
         return {"teacher": self._frozen["teacher"]} if exact else {}
 
     def mix_reference(self, mix: float, *, beside_actor: bool) -> None:
@@ -503,7 +549,7 @@ class Worker(WeightMethods):
         for trained in self._trained.values():
             trained.destroy()
         self._trained, self._frozen, self._sources, self._sinks = {}, {}, {}, {}
-        self.engine = self._moving = None
+        self.engine = self._opponent = self._moving = None
         gc.collect()
 
 

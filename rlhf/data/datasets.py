@@ -118,12 +118,12 @@ def source_faults(config: DatasetConfig) -> Iterator[Fault]:
 def read_head(config: DatasetConfig) -> Head | None:
     """The first rows of a source without faults; None for the hub, and where no row fits into the head.
 
-    Raises ValueError for a file that cannot be read at all.
+    Raises ValueError for a file that cannot be read at all, and for a task that has fewer rows than it is asked for.
     """
     if config.task is not None:
-        count = config.task_args["count"]
-        rows = _tasks()[config.task](**{**config.task_args, "count": min(count, HEAD_ROWS)})
-        return head_of(rows, count)
+        from rlhf.data.tasks import first_rows
+
+        return head_of(first_rows(config.task, config.task_args, HEAD_ROWS), config.task_args["count"])
     path = Path(config.path).expanduser()
     if path.is_dir():
         return _folder_head(path, config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -76,43 +76,16 @@ class ChainArithmetic(Section):
             )
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows: {id, prompt, answer, response, chosen, rejected, judged, label, verdict, completions, labels}. Raises ValueError if there are fewer than `count`
-        chains."""
-        return [self._row(i, chain) for i, chain in enumerate(self._chains())]
-
-    def _chains(self) -> list[str]:
-        chains: dict[str, None] = {}
-        misses = draw = 0
-        while len(chains) < self.count:
-            chain = self._draw(draw)
-            draw += 1
-            if chain is None or chain in chains or _split_of(chain) != self.split:
-                misses += 1
-                if misses == _MAX_MISSES:
-                    raise ValueError(
-                        f"count={self.count}, but only {len(chains)} different chains of terms={self.terms}, max_digit={self.max_digit}, "
-                        f"ops={self.ops!r} were found for split={self.split}; lower count or raise terms"
-                    )
-                continue
-            chains[chain] = None
-            misses = 0
-        return list(chains)
-
-    def _draw(self, draw: int) -> str | None:
-        """One chain; None where a result would be negative."""
-        chain, total = "", 0
-        for term in range(self.terms):
-            bits = rng.key(self.seed, "chain_arithmetic", self.terms, self.ops, draw, term)
-            digit, op = 1 + bits % self.max_digit, self.ops[bits // self.max_digit % len(self.ops)]
-            if term == 0:
-                chain, total = str(digit), digit
-                continue
-            total += digit if op == "+" else -digit
-            if total < 0:
-                return None
-            chain += f"{op}{digit}"
-        return chain
+    def rows(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The rows, or the first `limit` of them: {id, prompt, answer, response, chosen, rejected, judged, label, verdict,
+        completions, labels}. Raises ValueError if there are fewer than `count` chains, whatever the limit."""
+        chains = _chains(self.count, self.split, self.terms, self.max_digit, self.ops, self.seed)
+        if len(chains) < self.count:
+            raise ValueError(
+                f"count={self.count}, but only {len(chains)} different chains of terms={self.terms}, "
+                f"max_digit={self.max_digit}, ops={self.ops!r} were found for split={self.split}; lower count or raise terms"
+            )
+        return [self._row(i, chain) for i, chain in enumerate(chains[:limit])]
 
     def _row(self, index: int, chain: str) -> dict[str, Any]:
         steps, answer = _work(chain)
@@ -174,9 +147,9 @@ class Coverage(Section):
             )
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows: {id, prompt, response, chosen, rejected, answer, covered}."""
-        return [self._row(index, index % self.size) for index in range(self.count)]
+    def rows(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The rows, or the first `limit` of them: {id, prompt, response, chosen, rejected, answer, covered}."""
+        return [self._row(index, index % self.size) for index in range(self.count)[:limit]]
 
     def _row(self, index: int, best: int) -> dict[str, Any]:
         others = sorted((d for d in range(self.size) if d != best), key=lambda d: self._key("order", best, d))
@@ -196,6 +169,38 @@ class Coverage(Section):
 
     def _key(self, purpose: str, *parts: int) -> int:
         return rng.key(self.seed, f"coverage {purpose}", *parts)
+
+
+@lru_cache(maxsize=64)  # a recipe's check and its stages ask for the same ones
+def _chains(count: int, split: str, terms: int, max_digit: int, ops: str, seed: int) -> tuple[str, ...]:
+    """`count` different chains, or as many as are found."""
+    chains: dict[str, None] = {}
+    misses = draw = 0
+    while len(chains) < count and misses < _MAX_MISSES:
+        chain = _draw(draw, terms, max_digit, ops, seed)
+        draw += 1
+        if chain is None or chain in chains or _split_of(chain) != split:
+            misses += 1
+            continue
+        chains[chain] = None
+        misses = 0
+    return tuple(chains)
+
+
+def _draw(draw: int, terms: int, max_digit: int, ops: str, seed: int) -> str | None:
+    """One chain; None where a result would be negative."""
+    chain, total = "", 0
+    for term in range(terms):
+        bits = rng.key(seed, "chain_arithmetic", terms, ops, draw, term)
+        digit, op = 1 + bits % max_digit, ops[bits // max_digit % len(ops)]
+        if term == 0:
+            chain, total = str(digit), digit
+            continue
+        total += digit if op == "+" else -digit
+        if total < 0:
+            return None
+        chain += f"{op}{digit}"
+    return chain
 
 
 def _work(chain: str, slip_at: int | None = None, slip_by: int = 0) -> tuple[str, int]:
@@ -227,11 +232,17 @@ def _unit(seed: int, purpose: str, index: int) -> float:
 
 
 def make_rows(task: str, **args: Any) -> list[dict[str, Any]]:
-    """The rows of a task. Raises ValueError naming every argument that is unknown or out of range."""
+    """The rows of a task. Raises ValueError naming every argument that is unknown or out of range, and a count of more
+    rows than there are."""
+    return first_rows(task, args, None)
+
+
+def first_rows(task: str, args: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    """The first `limit` of the rows that `make_rows` gives (None: all). Raises what it raises."""
     faults = argument_faults(task, args)
     if faults:
         raise ValueError(f"task {task}: " + "; ".join(map(str, faults)))
-    return ARGUMENTS[task](**args).rows()
+    return ARGUMENTS[task](**args).rows(limit)
 
 
 def argument_faults(task: str, args: Mapping[str, Any]) -> list[Fault]:

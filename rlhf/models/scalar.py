@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,13 +46,16 @@ def load_scalar_model(
     trainable: bool,
     model: nn.Module | None = None,
     invariant: bool = True,
+    scale: float = 1.0,
+    shift: float = 0.0,
 ) -> nn.Module:
     """A model with one number per token, prepared as `load_model` does it; with LoRA its head is trained whole.
 
     `head`: "load" takes a trained head as it is and wants one; "new" puts one on the trunk of a causal language
     model or of another classifier, drawn from N(0, 1/(hidden size + 1)) as a function of `seed` (2009.01325,
     appendix B); "zero" puts one there that starts at 0, for a critic without a reward model to start from. `model`
-    is an object to start from instead of the recipe's (it is copied, never changed).
+    is an object to start from instead of the recipe's (it is copied, never changed). Its numbers are `scale` times the
+    head's plus `shift`: a critic that starts from a reward model predicts what is made of that model's scores.
 
     Raises ValueError as `load_model` does, for an architecture without a sequence-classification model, and with
     "load" for anything that is not a reward model with a trained head.
@@ -67,6 +71,8 @@ def load_scalar_model(
         scalar = _with_head(source, name, None if head == "zero" else key(seed, "score head"))
     _pad_token(scalar, tokenizer)
     scalar.score.__class__ = ScoreHead
+    scalar.score.weight.data.mul_(scale)
+    scalar.score.shift = shift
     scalar.__class__ = _with_token_scores(type(scalar))
     return prepare(
         scalar,
@@ -81,8 +87,10 @@ def load_scalar_model(
 
 
 def is_scalar_model(model_config: ModelConfig) -> bool:
-    """Whether the folder or hub model that a recipe names is a sequence-classification model."""
-    return _classifies(read_config(model_config))
+    """Whether the folder or hub model that a recipe names is a sequence-classification model of whole texts: what judges
+    steps gives logits of theirs."""
+    config = read_config(model_config)
+    return _classifies(config) and config.to_dict().get("step_separator") is None
 
 
 def _classifies(config: Any) -> bool:
@@ -101,13 +109,23 @@ def store_reward_scale(model: nn.Module, *, mean: float, std: float) -> None:
 
 def reward_scale(model: nn.Module) -> tuple[float, float]:
     """(mean, standard deviation) that `store_reward_scale` kept. Raises ValueError if there are none."""
-    config = model.config.to_dict()
+    return _reward_scale(model.config.to_dict())
+
+
+def _reward_scale(config: Mapping[str, Any]) -> tuple[float, float]:
     if "reward_mean" not in config or "reward_std" not in config:
         raise ValueError(
             "the reward model's config.json has no reward_mean and reward_std: whoever trained it stored none; set "
             "reward_model.normalize: false"
         )
     return float(config["reward_mean"]), float(config["reward_std"])
+
+
+def scale_of_scores(model_config: ModelConfig, *, weight: float, normalize: bool) -> tuple[float, float]:
+    """(scale, shift) of what becomes of a reward model's scores: weight (score - mean) / std, without `normalize`
+    weight score. Raises ValueError as `reward_scale` does."""
+    mean, std = _reward_scale(read_config(model_config).to_dict()) if normalize else (0.0, 1.0)
+    return weight / std, -weight * mean / std
 
 
 def store_step_separator(model: nn.Module, separator: str) -> None:
@@ -124,9 +142,11 @@ class ScoreHead(nn.Linear):
     """One number for each row, in fp32 whatever the weights' type: bfloat16 would round a reward of 3 to 1/64. A
     row does not depend on the number of rows. Made from an `nn.Linear` by `load_scalar_model`."""
 
+    shift: float = 0.0  # added to every number; not a parameter and not saved
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return (hidden.to(wide) * self.weight[0].to(wide)).sum(-1, keepdim=True)
+        return (hidden.to(wide) * self.weight[0].to(wide)).sum(-1, keepdim=True) + self.shift
 
 
 class _TokenScores:

@@ -215,6 +215,12 @@ _WITH_BETA = _one_of(
 )
 _DISTILL = _one_of("method", "distill")
 _OF_DISTRIBUTIONS = _one_of("distill.divergence", "forward_kl", "reverse_kl", "jsd")
+_IMITATES_DATA = _where(
+    ("method", "distill.on_policy_frac"),
+    lambda recipe: recipe.distill.on_policy_frac < 1,
+    "where every step learns from the student's own responses",
+    "set distill.on_policy_frac below 1",
+)
 
 
 # -- the table ----------------------------------------------------------------------------------------------------------
@@ -306,7 +312,18 @@ _TABLE: dict[str, tuple[Need, ...]] = {
             "use method: ppo or advantage: reinforce_pp",
         ),
     ),
-    **_of("algorithm", "lam critic_lam length_adaptive_lam", _PPO),
+    **_of(
+        "algorithm",
+        "lam",
+        _PPO,
+        _where(
+            ("algorithm.critic_lam", "algorithm.length_adaptive_lam"),
+            lambda recipe: None in (recipe.algorithm.critic_lam, recipe.algorithm.length_adaptive_lam),
+            "where critic_lam and length_adaptive_lam take its place in returns and advantages",
+            "leave one of them out",
+        ),
+    ),
+    **_of("algorithm", "critic_lam length_adaptive_lam", _PPO),
     **_of("critic", "path lr value_clip pretrain_steps shared", _PPO),
     **_of("critic", "coef", _PPO, _on("critic.shared", "set critic.shared: true")),
     **_of("reference", "path update_every", _REFERENCE),
@@ -349,7 +366,8 @@ _TABLE: dict[str, tuple[Need, ...]] = {
     **_of("online", "keep_best min_reward train", _one_of("method", "rejection")),
     # distillation
     **_of("distill", "divergence on_policy_frac", _DISTILL),
-    **_of("distill", "temperature nll_coef top_k", _DISTILL, _OF_DISTRIBUTIONS),
+    **_of("distill", "temperature top_k", _DISTILL, _OF_DISTRIBUTIONS),
+    **_of("distill", "nll_coef", _DISTILL, _OF_DISTRIBUTIONS, _IMITATES_DATA),
     **_of("distill", "jsd_beta", _DISTILL, _one_of("distill.divergence", "jsd")),
     # optimisers and schedules
     **_of("trainer", "momentum", _one_of("trainer.optimizer", "sgd", "rmsprop", "muon")),

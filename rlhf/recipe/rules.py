@@ -159,9 +159,27 @@ def updates_per_step(recipe: Recipe) -> int:
     return recipe.trainer.minibatches_per_step * recipe.trainer.passes_per_step
 
 
+def pretraining_updates(recipe: Recipe) -> int:
+    """Optimiser steps at the stage's start that only the critic takes."""
+    return recipe.critic.pretrain_steps * updates_per_step(recipe) if recipe.method == "ppo" else 0
+
+
 def needs_reference_logprobs(recipe: Recipe) -> bool:
     """Whether the preference losses compare with a reference at all."""
     return any(name not in REFERENCE_FREE for name in recipe.preference.losses)
+
+
+def reference_samples(recipe: Recipe) -> bool:
+    """Whether training learns from responses of the reference: SPIN's opponent (arXiv 2401.01335). Losses that compare
+    with no reference leave the policy itself."""
+    return (
+        recipe.method == "online_dpo" and recipe.online.pairs == "gold" and needs_reference_logprobs(recipe)
+    )
+
+
+def reference_is_cached(recipe: Recipe) -> bool:
+    """Whether the reference scores the whole data once, before the first update, and is not needed again."""
+    return recipe.method == "dpo" and recipe.reference.update_every is None
 
 
 def _needs_reference(recipe: Recipe) -> bool:
@@ -183,6 +201,7 @@ def problems(recipe: Recipe) -> Iterator[Inconsistency]:
         _reward,
         _judge,
         _groups_of_responses,
+        _one_response,
         _columns,
         _curriculum,
         _objective,
@@ -192,16 +211,39 @@ def problems(recipe: Recipe) -> Iterator[Inconsistency]:
         _preference,
         _distill,
         _steps,
+        _warmup,
+        _noise,
         _placement,
     ):
         yield from rule(recipe)
 
 
 def warnings(recipe: Recipe) -> Iterator[Inconsistency]:
-    """What does nothing although the recipe can be run: in the one update on a step's samples every ratio is 1, replayed
-    samples' too, and every value where it was; clip_cov, which picks tokens by other things, is not among it."""
-    if not by_policy_gradient(recipe) or updates_per_step(recipe) > 1:
-        return
+    """What does less than it says, or something else, although the recipe can be run."""
+    if by_policy_gradient(recipe):
+        yield from _truncated_sampling(recipe)
+        if updates_per_step(recipe) == 1:
+            yield from _idle(recipe)
+
+
+def _truncated_sampling(recipe: Recipe) -> Iterator[Inconsistency]:
+    """Ratios and corrections are of the whole distribution: what top-k and top-p take away they do not see."""
+    cut = {key: getattr(recipe.rollout, key) for key in ("top_k", "top_p")}
+    cut = {
+        key: value for key, value in cut.items() if value != type(recipe.rollout).model_fields[key].default
+    }
+    if cut:
+        named = ", ".join(f"{key}: {value:g}" for key, value in cut.items())
+        message = (
+            f"{named}: samples come from a truncated distribution, while log-probs, ratios and corrections are the whole "
+            "one's, so that the gradient is biased; leave it out where the policy learns from its samples"
+        )
+        yield tuple(f"rollout.{key}" for key in cut), message
+
+
+def _idle(recipe: Recipe) -> Iterator[Inconsistency]:
+    """In the one update on a step's samples every ratio is 1, replayed samples' too, and every value where it was;
+    clip_cov, which picks tokens by other things, is not among what does nothing then."""
     a, default_clip = recipe.algorithm, type(recipe.critic).model_fields["value_clip"].default
     idle = {
         "algorithm.objective": a.objective if a.objective not in ("ppo_clip", "reinforce") else None,
@@ -313,6 +355,25 @@ def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
         yield ("algorithm.dynamic_sampling", "method", "rollout.group_size"), message
 
 
+def _one_response(r: Recipe) -> Iterator[Inconsistency]:
+    """Where too few responses leave nothing to tell them apart by."""
+    size, rows, keep = r.rollout.group_size, r.trainer.prompts_per_step, r.online.keep_best
+    alone = r.method == "grpo" and r.algorithm.advantage in ("reinforce_pp", "remax") and rows * size == 1
+    if alone and whitens(r):
+        message = (
+            f"prompts_per_step={rows} x group_size={size} is one response a step, and whitening subtracts the mean of its "
+            "advantages, its reward with it; raise one of them, or set algorithm.whiten_advantages: false"
+        )
+        keys = ("trainer.prompts_per_step", "rollout.group_size", "algorithm.whiten_advantages")
+        yield (*keys, "algorithm.advantage"), message
+    if r.method == "rejection" and r.online.train and keep == size and r.online.min_reward is None:
+        message = (
+            f"keep_best={keep} of group_size={size} keeps every response, so that the policy imitates itself whatever the "
+            "rewards; raise group_size, or set online.min_reward"
+        )
+        yield ("online.keep_best", "rollout.group_size", "online.min_reward", "online.train"), message
+
+
 def _columns(r: Recipe) -> Iterator[Inconsistency]:
     held_out = {("evaluation", "held_out", name): data for name, data in r.evaluation.held_out.items()}
     for key, data in (r.training_data | held_out).items():
@@ -390,6 +451,13 @@ def _critic(r: Recipe) -> Iterator[Inconsistency]:
         if r.shares_trunk and value != default:
             message = f"{name}={value} is a critic's of its own, which shared: true does not have; leave it out or set shared: false"
             yield (f"critic.{name}", "critic.shared"), message
+    pretrain, steps = r.critic.pretrain_steps, r.trainer.steps
+    if r.method == "ppo" and steps is not None and pretrain >= steps:
+        message = (
+            f"pretrain_steps={pretrain} of steps={steps} leaves none in which the policy learns; lower it, or raise "
+            "trainer.steps"
+        )
+        yield ("critic.pretrain_steps", "trainer.steps"), message
 
 
 def _replay(r: Recipe) -> Iterator[Inconsistency]:
@@ -406,6 +474,12 @@ def _replay(r: Recipe) -> Iterator[Inconsistency]:
     elif a.correction == "none":
         message = "replayed groups were sampled by earlier weights: set a correction, for example tis"
         yield ("algorithm.correction", "algorithm.replay"), message
+    elif r.rollout.group_size < 2:
+        message = (
+            f"group_size={r.rollout.group_size}: replay keeps groups whose rewards differ, and one response differs from "
+            "none; use group_size >= 2, or leave replay out"
+        )
+        yield ("rollout.group_size", "algorithm.replay"), message
 
 
 def _kl(r: Recipe) -> Iterator[Inconsistency]:
@@ -514,6 +588,27 @@ def _steps(r: Recipe) -> Iterator[Inconsistency]:
     elif r.trainer.optimizer in ("adafactor", "muon") and r.model.dtype == "bfloat16":
         message = f"{r.trainer.optimizer} needs whole matrices, and bfloat16 always runs under ZeRO 1; use dtype: float32"
         yield ("model.dtype", "trainer.optimizer"), message
+
+
+def _warmup(r: Recipe) -> Iterator[Inconsistency]:
+    warmup, steps = r.trainer.warmup_steps, r.trainer.steps
+    updates = None if steps is None else steps * updates_per_step(r) - pretraining_updates(r)
+    if updates is not None and warmup >= updates > 0:
+        message = (
+            f"warmup_steps={warmup} of {updates} updates (steps x minibatches_per_step x passes_per_step, less the "
+            f"critic's own) never leaves the warm-up; lower it below {updates}, or raise trainer.steps"
+        )
+        keys = ("trainer.warmup_steps", "trainer.steps", "trainer.minibatches_per_step")
+        yield (*keys, "trainer.passes_per_step", "critic.pretrain_steps"), message
+
+
+def _noise(r: Recipe) -> Iterator[Inconsistency]:
+    if r.trainer.neftune_alpha is not None and by_policy_gradient(r):
+        message = (
+            f"neftune_alpha={r.trainer.neftune_alpha:g} puts noise on the trainer's log-probs and not on the sampler's, so "
+            f"that every ratio of {r.method} is one to another policy; leave it out"
+        )
+        yield ("trainer.neftune_alpha", "method", "distill.divergence"), message
 
 
 def _placement(r: Recipe) -> Iterator[Inconsistency]:

@@ -495,7 +495,8 @@ class OnlineConfig(Section):
     """online_dpo and rejection: what is made of a group of responses."""
 
     pairs: Literal["best_worst", "gold"] = "best_worst"
-    """online_dpo: best against worst response, or the row's answer against a response (SPIN, 2401.01335)."""
+    """online_dpo: best against worst response, or the row's answer against a response of the reference, whose group then
+    samples (SPIN, 2401.01335; with losses that have no reference, against one of the policy)."""
     min_gap: NonNegativeFloat = 0.0
     """online_dpo: pairs whose rewards differ by no more than this are left out."""
     keep_best: Positive = 1
@@ -516,7 +517,7 @@ class DistillConfig(Section):
     temperature: PositiveFloat = 1.0
     """Temperature of both distributions."""
     nll_coef: NonNegativeFloat = 0.0
-    """Weight of the data's own NLL beside the divergence."""
+    """Weight of the data's own NLL beside the divergence, on the steps that learn from the data."""
     on_policy_frac: Fraction = 0.0
     """Share of the steps that imitate the teacher on the student's own responses (GKD's lambda)."""
     top_k: Positive | Literal["all"] = 64

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 from rlhf.data import load_labels, load_preferences, load_prompts, load_sft, load_steps, mixed
 from rlhf.data.rows import MIX
 from rlhf.models import context_length, generation_stop_ids
+from rlhf.recipe import rules
 from rlhf.recipe.schema import DatasetConfig, Recipe, RewardConfig
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
 from rlhf.runtime.groups import Groups, GroupSpec
+from rlhf.trainers.forward import sharing_losses
+from rlhf.trainers.opponent import Opponent
 from rlhf.trainers.process_reward import model_part
 from rlhf.trainers.rewarding import RewardSum, judge_part
 from rlhf.trainers.roles import Actor, Clock, Critic, JudgeModel, Reference, RewardModel, Sampler, Teacher
@@ -63,6 +67,7 @@ class Datasets:
     ptx: Any = None  # texts to keep modelling
     prompts: Any = None  # distill: the prompts of the student's own responses
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # online_dpo: answers by prompt id
+    context: int | None = None  # tokens that the model can read
 
     @property
     def named(self) -> dict[str, Any]:
@@ -125,7 +130,8 @@ def load_datasets(recipe: Recipe, tokenizer: Any, objects: Objects) -> Datasets:
         name: rows_of(config, name, load, context, objects.eval_rows.get(name))
         for name, config in recipe.evaluation.held_out.items()
     }
-    return Datasets(train=train, eval_sets=eval_sets, eval_pairs=eval_pairs, held_out=held_out, **more)
+    sets = {"eval_sets": eval_sets, "eval_pairs": eval_pairs, "held_out": held_out}
+    return Datasets(train=train, context=context, **sets, **more)
 
 
 def _context(recipe: Recipe, objects: Objects) -> int:
@@ -238,9 +244,11 @@ def make_roles(
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    sampler = None
+    sampler = opponent = None
     if "rollout" in needed:
         sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
+    if rules.reference_samples(recipe):
+        opponent = Opponent(groups.for_role("reference"), clock, seed=recipe.run.seed, decode=decode)
     output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT
 
     def rules_of(rewards: Sequence[RewardConfig] | None) -> Scorer | None:
@@ -253,11 +261,12 @@ def make_roles(
     if parts:
         scorer = RewardSum(scorer, parts)
     return {
-        "actor": role("actor", Actor),
+        "actor": role("actor", partial(Actor, sharing=sharing_losses(recipe))),
         "critic": role("critic", Critic),
         "reference": role("reference", Reference),
         "teacher": role("teacher", Teacher),
         "sampler": sampler,
+        "opponent": opponent,
         "scorer": scorer,
         "eval_scorer": rules_of(recipe.evaluation.reward),
     }

@@ -35,6 +35,7 @@ from rlhf.console import Console
 from rlhf.data import num_steps, rows_from
 from rlhf.faults import fault_point
 from rlhf.models import load_tokenizer
+from rlhf.recipe import rules
 from rlhf.recipe.load import Plan, dump_plan
 from rlhf.recipe.outputs import resolve_outputs, start_stage
 from rlhf.recipe.schema import Recipe
@@ -230,7 +231,7 @@ def _run_stage(run: _Run, place: _Place, offset: int, checkpoint: Checkpoint | N
             tracker.warn(f"checkpoint {damaged.path} is damaged and passed over: {damaged.reason}")
         check_identity(checkpoint, identity)
     tracker.phase("starting processes and loading models")
-    updates = total_steps * recipe.trainer.minibatches_per_step * recipe.trainer.passes_per_step
+    updates = total_steps * rules.updates_per_step(recipe)
     with launch(group_specs(recipe, updates, run.objects), recipe.runtime) as groups:
         _describe(groups, place, tracker)
         stage = _stage_of(
@@ -272,6 +273,7 @@ def _stage_of(
         ptx_data=data.ptx,
         prompt_data=data.prompts,
         gold=data.gold,
+        context=data.context,
         tracker=run.tracker,
         clock=clock,
         sampling=sampling,
@@ -288,10 +290,17 @@ def _stage_of(
 
 
 def _num_steps(recipe: Recipe, data: Datasets) -> int:
-    """Steps of the stage. Raises ValueError where the data is too small for one."""
-    trainer, rows = recipe.trainer, len(data.train)
+    """Steps of the stage. Raises ValueError where the data is too small for one, or for a step beyond
+    critic.pretrain_steps."""
+    trainer, rows, pretrain = recipe.trainer, len(data.train), recipe.critic.pretrain_steps
     rows_from(rows, seed=recipe.run.seed, position=0, count=trainer.prompts_per_step)
-    return trainer.steps or num_steps(rows, epochs=trainer.epochs, rows_per_step=trainer.prompts_per_step)
+    steps = trainer.steps or num_steps(rows, epochs=trainer.epochs, rows_per_step=trainer.prompts_per_step)
+    if rules.pretraining_updates(recipe) and pretrain >= steps:
+        raise ValueError(
+            f"critic.pretrain_steps={pretrain} of the {steps} steps that epochs={trainer.epochs} make leaves none in which "
+            "the policy learns; lower it, or raise trainer.epochs"
+        )
+    return steps
 
 
 def _say_left_out(data: Datasets, tracker: Tracker) -> None:

@@ -100,6 +100,15 @@ CASES: dict[str, tuple[dict, str]] = {
         },
         "rollout.mid@4 publish.mid@6",
     ),
+    "spin": (
+        {
+            "method": "online_dpo",
+            "online": {"pairs": "gold"},
+            "data": {"response_column": "response"},
+            "reference": {"update_every": 2, "update_mix": 0.6},
+        },
+        "rollout.mid@4 optimizer.after@5 track@6",
+    ),
     "rejection": (
         {
             "method": "rejection",
@@ -119,7 +128,7 @@ CASES: dict[str, tuple[dict, str]] = {
             "reward": NUMBERS,
             "rollout": {"group_size": 4},
             "algorithm": {"advantage": "remax", "dynamic_sampling": True, "max_sampling_rounds": 2},
-            "trainer": {"neftune_alpha": 5.0, "ema_decay": 0.8},
+            "trainer": {"ema_decay": 0.8},
         },
         "reward.mid@3 optimizer.after@4 publish.mid@5",
     ),

@@ -152,11 +152,15 @@ def test_tool_tokens_get_nothing_and_change_nothing(name: str) -> None:
     assert not got.advantages[2].any()
 
 
+def _metrics(batch: Batch, name: str, **changes) -> dict[str, float]:
+    return advantage_metrics(batch, SimpleNamespace(**{**SETTINGS, "advantage": name, **changes}))
+
+
 def test_metrics_are_over_responses_and_count_flat_groups() -> None:
     """Would catch: statistics diluted by the zeros at padding and masked rows, or weighted by length."""
     rollouts = [_rollout(r, (True,) * n) for r, n in [(1.0, 3), (0.0, 1), (5.0, 2), (5.0, 2), (None, 2)]]
     batch = _with(make_batch(rollouts, group_ids=[0, 0, 1, 1, 1]), "dr_grpo")
-    assert advantage_metrics(batch) == {
+    assert _metrics(batch, "dr_grpo") == {
         "reward/groups_zero_std_frac": 0.5,
         "advantage/mean": pytest.approx(0.0),
         "advantage/std": pytest.approx(statistics.pstdev([0.5, -0.5, 0.0, 0.0])),
@@ -164,12 +168,46 @@ def test_metrics_are_over_responses_and_count_flat_groups() -> None:
         "advantage/max": 0.5,
     }
     nothing = _with(make_batch([_rollout(None, (True,))] * 2, group_ids=[0, 0]), "grpo")
-    assert advantage_metrics(nothing) == {"reward/groups_zero_std_frac": 1.0}
-    one_each = make_batch(rollouts, group_ids=range(5))  # ReMax's: every group would count as flat
-    assert "reward/groups_zero_std_frac" not in advantage_metrics(_with(one_each, "reinforce_pp"))
-    alone = batch.replace(group_ids=None, returns=torch.where(batch.response_mask, 2.0, NAN))
-    assert advantage_metrics(alone)["return/mean"] == 2.0
-    assert "reward/groups_zero_std_frac" not in advantage_metrics(alone)
+    assert _metrics(nothing, "grpo") == {"reward/groups_zero_std_frac": 1.0}
+    for name in ("reinforce_pp", "remax"):  # a group of equal rewards has advantages all the same
+        assert "reward/groups_zero_std_frac" not in _metrics(batch, name)
+    critic = batch.replace(returns=torch.where(batch.response_mask, 2.0, NAN))
+    assert _metrics(critic, "grpo")["return/mean"] == 2.0
+    assert "reward/groups_zero_std_frac" not in _metrics(critic, "grpo")
+
+
+def test_flat_groups_are_those_whose_rewards_are_equal_as_they_are_compared() -> None:
+    """Would catch: a group called flat that the KL in its rewards tells apart, or live where the clip leaves nothing."""
+    rollouts = [_rollout(r, (True,) * 2) for r in (4.0, 3.0, 1.0, 1.0)]
+    batch = make_batch(rollouts, group_ids=[0, 0, 1, 1])
+    batch = batch.replace(ref_logprobs=batch.rollout_logprobs * torch.arange(4)[:, None])
+    for changes, share in (
+        ({}, 0.5),
+        ({"reward_clip": 2.0}, 1.0),
+        ({"kl_coef": 0.1, "kl_in_reward": True}, 0.0),
+    ):
+        assert (
+            _metrics(_with(batch, "rloo", **changes), "rloo", **changes)["reward/groups_zero_std_frac"]
+            == share
+        )
+
+
+def test_whitened_advantages_have_the_mean_of_their_tokens() -> None:
+    """Would catch: a mean far from 0 where long answers are better than short ones, which nothing is wrong with."""
+    rollouts = [_rollout(1.0, (True,) * 9), _rollout(0.0, (True,)), _rollout(0.0, (True,))]
+    batch = _with(make_batch(rollouts, group_ids=[0] * 3), "reinforce_pp", whiten_advantages=True)
+    found = _metrics(batch, "reinforce_pp", whiten_advantages=True)
+    assert found["advantage/mean"] == pytest.approx(0.0, abs=1e-6)
+    assert found["advantage/std"] == pytest.approx(
+        math.sqrt(10 / 11), rel=1e-3
+    )  # divided by n, whitened by n - 1
+
+
+def test_remax_clips_both_sides_alike() -> None:
+    """Would catch: an answer as good as the greedy one, of which the reward alone is clipped."""
+    batch = make_batch([_rollout(5.0, (True,)), _rollout(-9.0, (True,))], group_ids=[0, 1])
+    batch = _with(batch.replace(baselines=torch.tensor([5.0, 0.5])), "remax", reward_clip=1.0)
+    assert batch.advantages[batch.response_mask].tolist() == [0.0, -1.5]
 
 
 def test_bad_input_is_refused() -> None:
@@ -240,7 +278,11 @@ def test_the_kl_reaches_every_estimator(name: str, seed: int, random_batch) -> N
     """Would catch: an estimator that reads the rewards without their KL, or with one that belongs in the loss."""
     batch = _step(random_batch, seed)
     shaped = sequence_rewards(batch, kl_coef=0.3, reward_clip=2.5)
-    want = remax(shaped, batch.baselines) if name == "remax" else GROUP[name](shaped, batch.group_ids)
+    want = (
+        remax(shaped, batch.baselines.clamp(-2.5, 2.5))
+        if name == "remax"
+        else GROUP[name](shaped, batch.group_ids)
+    )
     got = _with(batch, name, kl_coef=0.3, kl_in_reward=True, reward_clip=2.5).advantages
     judged = batch.response_mask & ~batch.rewards.isnan()[:, None]
     torch.testing.assert_close(got, torch.where(judged, want[:, None], 0.0).float())

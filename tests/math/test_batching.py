@@ -22,6 +22,7 @@ from rlhf.batching import (
     make_sft_batch,
     make_step_batch,
     pack,
+    plan_groups,
     plan_micro_batches,
     split_minibatches,
     unpack,
@@ -270,8 +271,126 @@ def test_a_plan_never_parts_a_unit(rows: list[tuple[int, int]], processes: int, 
     assert plan_micro_batches(lengths, units=alone, **settings) == plan_micro_batches(lengths, **settings)
 
 
+def _groups(prompts: list[tuple[int, ...]], responses: list[list[int]], order=sorted):
+    """A batch of a group for each prompt, with responses of these lengths that differ from their first token on."""
+    rows = [(g, j, n) for g, lengths in enumerate(responses) for j, n in enumerate(lengths)]
+    rows = order(rows)
+    made = [
+        _rollout(prompts[g], (100 + j, *(50 + (7 * i + j) % 40 for i in range(n - 1)))) for g, j, n in rows
+    ]
+    return make_batch(made, group_ids=[g for g, _, _ in rows])
+
+
+def _prompt(number: int, length: int, beginning: int = 0) -> tuple[int, ...]:
+    """`length` tokens of which the first `beginning` are those of every such prompt."""
+    return (1,) * beginning + tuple(2 + (31 * number + i) % 97 for i in range(length - beginning))
+
+
+def _tokens_run(batch, rows: list[int]) -> int:
+    micro = batch.select(rows)
+    return len(pack(micro, micro.response_mask, share_prompts=True).token_ids)
+
+
+_RAGGED = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(1, 50), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(_RAGGED, st.integers(1, 5), st.integers(1, 300), st.sampled_from([0, 20]), st.booleans())
+def test_a_plan_of_groups_holds_every_row_once_and_what_is_run_stays_in_the_budget(
+    groups, processes: int, max_tokens: int, beginning: int, mixed: bool
+) -> None:
+    """Would catch: a row lost with its group, a part that counts without its prompt, a pack that shares less than was
+    planned (a short beginning of all prompts taken for a long one of some), a process without work beside one with
+    rows to spare, one with fewer micro-batches.
+    """
+    prompts = [_prompt(i, length + beginning, beginning) for i, (length, _) in enumerate(groups)]
+    order = (lambda rows: sorted(rows, key=lambda row: (row[1], row[0]))) if mixed else sorted
+    batch = _groups(prompts, [responses for _, responses in groups], order)
+    plan = plan_groups(batch, num_processes=processes, max_tokens=max_tokens)
+    micros = [micro for process in plan for micro in process]
+    assert sorted(row for micro in micros for row in micro) == list(range(len(batch)))
+    assert len(plan) == processes and len({len(process) for process in plan}) == 1 and len(plan[0]) >= 1
+    assert all(len(micro) < 2 or _tokens_run(batch, micro) <= max_tokens for micro in micros)
+    assert sum(map(bool, micros)) == min(len(micros), len(batch))
+    assert plan == plan_groups(batch, num_processes=processes, max_tokens=max_tokens)
+
+
+def test_groups_stay_whole_where_they_can() -> None:
+    """Would catch: the responses to a prompt dealt out by length, so that each micro-batch runs every prompt again; a
+    budget that counts the prompt for each response; groups parted for no gain.
+    """
+    prompts = [_prompt(i, 500) for i in range(16)]
+    batch = _groups(prompts, [[20 + (37 * (8 * g + j)) % 381 for j in range(8)] for g in range(16)])
+    least = 16 * 500 + int(batch.response_mask.sum())
+    for processes, most_micros in ((1, 5), (2, 3), (4, 2)):
+        plan = plan_groups(batch, num_processes=processes, max_tokens=8192)
+        loads = [[_tokens_run(batch, micro) for micro in process] for process in plan]
+        assert sum(map(sum, loads)) == least and len(plan[0]) <= most_micros
+        assert sum(max(at) for at in zip(*loads)) <= 1.05 * least / processes
+
+
+def test_groups_are_parted_where_processes_would_wait() -> None:
+    """Would catch: one process that runs the only group while the others look on; a group too many that one process runs
+    alone; parts of one response each where two do.
+    """
+    batch = _groups([_prompt(0, 100)], [[60] * 8])
+    plan = plan_groups(batch, num_processes=4, max_tokens=8192)
+    assert [[_tokens_run(batch, micro) for micro in process] for process in plan] == [[220]] * 4
+    batch = _groups([_prompt(i, 20) for i in range(3)], [[200] * 4] * 3)
+    plan = plan_groups(batch, num_processes=2, max_tokens=8192)
+    assert sorted(_tokens_run(batch, micro) for (micro,) in plan) == [1240, 1240]
+    budget = plan_groups(batch, num_processes=1, max_tokens=450)  # two responses and their prompt
+    assert [len(micro) for micro in budget[0]] == [2] * 6
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        _groups([_prompt(i, 5) for i in range(4)], [[30, 7, 21]] * 4),  # too short to be worth sharing
+        _groups([_prompt(i, 40) for i in range(12)], [[5 * i + 3] for i in range(12)]),
+        _groups([_prompt(i, 40, 20) for i in range(12)], [[5 * i + 3] for i in range(12)]),
+        _groups([_prompt(i, 40) for i in range(12)], [[9]] * 12).replace(group_ids=torch.arange(12) // 3),
+    ],
+    ids=["short prompts", "one response each", "one beginning", "other prompts under one number"],
+)
+def test_without_anything_to_share_the_plan_is_that_of_rows(batch) -> None:
+    """Would catch: units made of a number in the batch where `pack` shares nothing; all rows one unit for the few tokens
+    that all prompts begin with."""
+    for processes in (1, 3):
+        settings = {"num_processes": processes, "max_tokens": 100}
+        assert plan_groups(batch, **settings) == plan_micro_batches(batch.lengths.tolist(), **settings)
+
+
+@given(_RAGGED, st.integers(0, 30))
+def test_a_pack_runs_as_few_tokens_as_sharing_neighbours_can(groups, beginning: int) -> None:
+    """Would catch: a lone row whose few tokens in common with the next group keep that group from sharing its prompt."""
+    prompts = [_prompt(3 * i, length + beginning, beginning) for i, (length, _) in enumerate(groups)]
+    batch = _groups(prompts, [responses for _, responses in groups])
+    tokens, targets = batch.token_ids.tolist(), batch.response_mask.int().argmax(-1).tolist()
+    lengths = batch.lengths.tolist()
+
+    def common(first: int, end: int) -> int:
+        """Tokens that all rows from `first` up to `end` begin with, before any target."""
+        room = min(targets[first:end])
+        return next((i for i in range(room) if len({row[i] for row in tokens[first:end]}) > 1), room)
+
+    least = [0] * (len(batch) + 1)
+    for row in range(len(batch) - 1, -1, -1):
+        choices = [lengths[row] + least[row + 1]]
+        for end in range(row + 2, len(batch) + 1):
+            if (shared := common(row, end)) >= 8:
+                choices.append(sum(lengths[row:end]) - (end - row - 1) * shared + least[end])
+        least[row] = min(choices)
+    assert _tokens_run(batch, list(range(len(batch)))) == least[0]
+
+
 def test_a_plan_refuses_nonsense() -> None:
     """Would catch: an endless loop on a budget of 0, units of another batch."""
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        plan_groups(_groups([(1,)], [[2]]), num_processes=1, max_tokens=0)
     with pytest.raises(ValueError, match="max_tokens=0"):
         plan_micro_batches([1], num_processes=1, max_tokens=0)
     with pytest.raises(ValueError, match="1 units for 2 lengths"):

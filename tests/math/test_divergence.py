@@ -84,7 +84,7 @@ def test_top_k_with_a_bucket_for_the_rest_equals_the_paper(divergence: str, top_
     teacher = _logits(5, 7, 2)
     t = SETTINGS["temperature"]
     ids, logprobs = teacher_top_k(teacher, top_k=top_k, temperature=t)
-    assert (logprobs.diff(dim=-1) <= 0).all()
+    assert (logprobs[:, :-1].diff(dim=-1) <= 0).all()
     got = topk_divergence(student, ids, logprobs, divergence=divergence, **SETTINGS)
     want = torch.stack(
         [
@@ -151,6 +151,48 @@ def test_sure_and_opposite_distributions_stay_finite(divergence: str) -> None:
         assert got.isfinite().all() and gradient.isfinite().all() and got[1] < 1e-6 < got[0]
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_rest_that_cannot_happen_leaves_the_divergence_finite(divergence: str) -> None:
+    """Would catch: an infinite loss where the teacher rules out all but its likeliest."""
+    student = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 2.0, -math.inf, -math.inf]])
+    ids, logprobs = teacher_top_k(teacher, top_k=2, temperature=1.0)
+    got = topk_divergence(student, ids, logprobs, divergence=divergence, temperature=1.0, jsd_beta=0.5)
+    (gradient,) = torch.autograd.grad(got.sum(), student)
+    assert got.isfinite().all() and gradient.isfinite().all() and got > 0.05
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("gap", [14.0, 17.0, 20.0, 35.0, 60.0])
+def test_a_tail_below_fp32_s_resolution_is_not_noise(divergence: str, gap: float) -> None:
+    """Would catch: the teacher's rest as 1 - its sum, which in fp32 is a multiple of 6e-8: a top-k divergence above the
+    whole one, or one that the size of the tail no longer moves; the student's rest cut off, and its gradient with it.
+    """
+    noise = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(40, 7, generator=noise) for _ in range(2))
+    teacher[:, :2] += gap
+    student[20:, :2] += gap  # a student as sure, too
+    ids, logprobs = teacher_top_k(teacher, top_k=2, temperature=1.0)
+    settings = {"divergence": divergence, "temperature": 1.0, "jsd_beta": 0.3}
+    student.requires_grad_()
+    got = topk_divergence(student, ids, logprobs, **settings)
+    (gradient,) = torch.autograd.grad(got.sum(), student)
+    exact = student.detach().double().requires_grad_()
+    p, q = (x.double().log_softmax(-1) for x in (teacher, exact))
+    kept = torch.zeros_like(p, dtype=torch.bool).scatter(1, ids, True)
+
+    def merged(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.gather(1, ids), x.masked_fill(kept, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+    function, extra = DIVERGENCES[divergence], {"jsd_beta": 0.3} if divergence == "jsd" else {}
+    want = function(merged(p), merged(q), **extra)
+    (want_gradient,) = torch.autograd.grad(want.sum(), exact)
+    torch.testing.assert_close(logprobs, merged(p).float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, want.detach().float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, want_gradient.float(), rtol=1e-5, atol=1e-6)
+    assert (got <= function(p, q, **extra) + 1e-5).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_precision_logits_give_fp32_values_and_gradients_of_their_own_dtype(dtype: torch.dtype) -> None:
     """Would catch: a softmax in bf16."""
@@ -200,6 +242,9 @@ def test_distill_loss_is_the_weighted_mean_over_the_steps_tokens(seed: int, rand
     for gradient, weight in zip(gradients, (4.0, -0.5)):
         want = torch.where(batch.loss_mask, weight / max(len(places), 1), 0.0).double()
         torch.testing.assert_close(gradient, want, rtol=1e-6, atol=0)
+    own, own_sums = distill_loss(batch, None, divergences, temperature=2.0, nll_coef=0.5)
+    assert own.item() == pytest.approx(got.item() - 0.5 * sums["distill/nll"].item() / max(len(places), 1))
+    assert own_sums.keys() == sums.keys() - {"distill/nll"}
     shares = [
         distill_loss(
             micro,
@@ -248,11 +293,12 @@ def test_another_vocabulary_is_refused() -> None:
     """Would catch: a teacher whose tokens mean something else."""
     with pytest.raises(ValueError, match="must have one vocabulary"):
         logits_divergence(_logits(2, 7, 1), _logits(2, 8, 1), divergence="jsd", **SETTINGS)
-    with pytest.raises(ValueError, match="must be"):
-        topk_divergence(
-            _logits(2, 7, 1),
-            torch.zeros(3, 2, dtype=torch.long),
-            torch.zeros(3, 2),
-            divergence="jsd",
-            **SETTINGS,
-        )
+    for kept, with_rest in ((3, 3), (2, 2)):  # rows of another batch; no log-prob of the rest
+        with pytest.raises(ValueError, match=r"must be \(M, K\), \(M, K \+ 1\)"):
+            topk_divergence(
+                _logits(2, 7, 1),
+                torch.zeros(kept, 2, dtype=torch.long),
+                torch.zeros(kept, with_rest),
+                divergence="jsd",
+                **SETTINGS,
+            )

@@ -12,10 +12,11 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rlhf.batching import recount
+from rlhf.batching import PreferenceExample, make_preference_batch, recount
 from rlhf.preference import (
     COUPLED,
     F_DIVERGENCES,
+    PER_TOKEN,
     PREFERENCE_LOSSES,
     REFERENCE_FREE,
     Pairs,
@@ -365,6 +366,21 @@ def test_metrics_are_those_of_the_pairs(random_batch) -> None:
     assert sums["dpo/reward_chosen"].item() == pytest.approx(
         sum(BETA * won.p.item() / won.n for won, _ in rows)
     )
+
+
+@pytest.mark.parametrize("name", sorted(set(PREFERENCE_LOSSES) - COUPLED - {"sft"}))
+def test_accuracy_and_margin_are_of_what_the_loss_compares(name: str) -> None:
+    """Would catch: cpo, which compares sums, judged by means, or ipo and sigmoid_norm by sums: here a long answer is ahead
+    by its mean and behind by its sum."""
+    long, short = (1, 2, *range(3, 13)), (1, 2, 3, 4)
+    batch = make_preference_batch([PreferenceExample("a", long[:2], long[2:], short[2:], None)])
+    logprobs = torch.where(batch.labels[:, None] > 0, -1.0, -2.0).double() * batch.loss_mask
+    batch = batch.replace(ref_logprobs=torch.zeros_like(logprobs))
+    settings = _settings(name)
+    loss, sums = preference_loss(batch, logprobs, settings)
+    swapped, _ = preference_loss(batch.replace(labels=-batch.labels), logprobs, settings)
+    assert sums["dpo/accuracy"].item() == float(loss < swapped) == float(name in PER_TOKEN)
+    assert (sums["dpo/margin"] > 0) == (loss < swapped)
 
 
 def test_a_share_keeps_the_dtype_of_the_log_probs(random_batch) -> None:

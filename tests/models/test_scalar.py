@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.models import load_model, load_scalar_model, save_model
 from rlhf.models.attention import packed_attention
-from rlhf.models.scalar import is_scalar_model, reward_scale, store_reward_scale
+from rlhf.models.scalar import is_scalar_model, reward_scale, scale_of_scores, store_reward_scale
 from rlhf.recipe.schema import BuildModelConfig, LoraConfig, ModelConfig
 from tests.models.conftest import ARCHITECTURES, model_config
 
@@ -103,6 +103,25 @@ def test_outside_a_pack_it_is_transformers_own(made, tokenizer):
         got = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits
         want = torch.cat([model(input_ids=row).logits for row in (short, long)])
     torch.testing.assert_close(got, want)
+
+
+def test_a_critic_predicts_what_becomes_of_the_scores(made, pack, tokenizer, tmp_path):
+    """Would catch: a critic that starts from a reward model on that model's own scale, where rewards are normalised or
+    weighed; a scale that is added up by saving and loading."""
+    own = made(head="new", seed=5)
+    store_reward_scale(own, mean=2.0, std=4.0)
+    save_model(own, tokenizer, tmp_path)
+    config = ModelConfig(path=str(tmp_path), dtype="float32")
+    scale, shift = scale_of_scores(config, weight=0.5, normalize=True)
+    assert (scale, shift) == (0.125, -0.25) and scale_of_scores(config, weight=3.0, normalize=False) == (
+        3.0,
+        0.0,
+    )
+    critic = load_scalar_model(
+        config, tokenizer, head="load", seed=0, trainable=True, scale=scale, shift=shift
+    )
+    sequences = pack(LENGTHS)
+    torch.testing.assert_close(scores(critic, sequences), 0.5 * (scores(own, sequences) - 2.0) / 4.0)
 
 
 class TestHeads:

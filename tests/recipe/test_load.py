@@ -95,8 +95,8 @@ def test_a_scalar_means_what_it_means_to_omegaconf(text):
 
 
 def test_numbers_in_a_file(write):
-    got = recipe(write(VALID + "  lr: 5e-5\n  prompts_per_step: 1_000\n  warmup_steps: 1e1\n"))
-    assert (got.trainer.lr, got.trainer.prompts_per_step, got.trainer.warmup_steps) == (5e-5, 1000, 10)
+    got = recipe(write(VALID + "  lr: 5e-5\n  prompts_per_step: 1_000\n  warmup_steps: 9e0\n"))
+    assert (got.trainer.lr, got.trainer.prompts_per_step, got.trainer.warmup_steps) == (5e-5, 1000, 9)
 
 
 def test_a_word_that_yaml_takes_for_a_bool_or_number_stays_a_word_where_text_is_wanted(write):

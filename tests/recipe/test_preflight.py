@@ -186,6 +186,16 @@ def test_a_good_recipe_is_good_and_what_may_be_the_hubs_passes():
             "evaluation.sets.a.task_args.count",
             "different chains",
         ),
+        (
+            'evaluation.sets={a: {task: chain_arithmetic, task_args: {count: 400, terms: 5, max_digit: 5, ops: "+", split: eval}}}',
+            "evaluation.sets.a.task_args.count",
+            "only 318 different chains .* split=eval; lower count or raise terms",
+        ),
+        (
+            'data={task: chain_arithmetic, limit: 50, task_args: {count: 120, terms: 3, max_digit: 5, ops: "+"}}',
+            "data.task_args.count",
+            "only 113 different chains",
+        ),
         # rewards
         (
             "reward.0.function=exact_mtch",
@@ -310,6 +320,23 @@ def test_a_sample_of_formats_is_read_at_the_head(tmp_path):
     }
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     assert "is not readable as parquet" in said("data.path=broken.parquet")["data.path"]
+
+
+def test_the_rows_of_a_task_are_made_once_however_many_stages_read_them(monkeypatch):
+    """Would catch: a check of a recipe of many stages that takes as long as if each had rows of its own; a stage whose
+    rows are not counted."""
+    from rlhf.data import tasks
+
+    tasks._chains.cache_clear()
+    held_out = {"task": "chain_arithmetic", "task_args": {"count": 60, "terms": 3, "split": "eval"}}
+    task = {"task": "chain_arithmetic", "task_args": {"count": 300, "terms": 3}}
+    recipe = GOOD | {"data": task, "evaluation": {"sets": {"sums": held_out}}}
+    stages = {f"stage{i}": {"method": "grpo"} for i in range(25)}
+    stages["last"] = {"method": "grpo", "evaluation": {"sets": {"sums": {"task_args": {"count": 2000}}}}}
+    found = said(recipe=recipe | {"stages": stages})
+    assert list(found) == ["stages.last.evaluation.sets.sums.task_args.count"]
+    assert "only 178 different chains" in found["stages.last.evaluation.sets.sums.task_args.count"]
+    assert tasks._chains.cache_info().misses == 3
 
 
 def test_only_the_head_of_a_long_file_is_judged(tmp_path):

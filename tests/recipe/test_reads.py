@@ -69,6 +69,7 @@ ppo | algorithm: {advantage: rloo} | algorithm.advantage | use method: grpo
 grpo | algorithm: {lam: 0.9} | algorithm.lam | use method: ppo
 grpo | algorithm: {gamma: 0.9} | algorithm.gamma | reinforce_pp
 grpo | algorithm: {critic_lam: 1} | algorithm.critic_lam | use method: ppo
+ppo | algorithm: {lam: 0.9, critic_lam: 1, length_adaptive_lam: 0.05} | algorithm.lam | leave one of them out
 grpo | critic: {lr: 1} | critic.lr | use method: ppo
 dpo | critic: {pretrain_steps: 1} | critic.pretrain_steps | use method: ppo
 ppo | critic: {coef: 0.5} | critic.coef | critic.shared
@@ -106,6 +107,7 @@ distill | distill: {jsd_beta: 0.3} | distill.jsd_beta | use divergence: jsd
 distill | distill: {divergence: sampled_kl, on_policy_frac: 1, temperature: 2} | distill.temperature | sampled_kl
 distill | distill: {divergence: sampled_kl, on_policy_frac: 1, top_k: 9} | distill.top_k | sampled_kl
 distill | distill: {divergence: sampled_kl, on_policy_frac: 1, nll_coef: 1} | distill.nll_coef | sampled_kl
+distill | distill: {on_policy_frac: 1, nll_coef: 1} | distill.nll_coef | set distill.on_policy_frac below 1
 distill | rollout: {group_size: 2} | rollout.group_size | no sample is learned from
 sft | rollout: {max_response_tokens: 9} | rollout.max_response_tokens | nothing is sampled
 sft | trainer: {steps: 1, momentum: 0.9} | trainer.momentum | optimizer: adamw

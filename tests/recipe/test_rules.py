@@ -10,7 +10,7 @@ from rlhf.recipe import rules
 from rlhf.recipe.load import plan_from_dict
 from rlhf.recipe.problems import RecipeError
 from rlhf.recipe.schema import Recipe
-from tests.e2e.running import TINY
+from tests.e2e.running import TINY, of_method
 
 REFUSED = {
     "pass@k of fewer responses": (
@@ -42,19 +42,113 @@ REFUSED = {
         "pretrain_steps=3 is a critic's of its own",
     ),
 }
+# What would run, and do nothing or something else than it says.
+SENSELESS = {
+    "a policy that never learns": (
+        {"method": "ppo", "critic": {"pretrain_steps": 4}},
+        "pretrain_steps=4 of steps=4 leaves none in which the policy learns; lower it, or raise trainer.steps",
+    ),
+    "replay of groups of one": (
+        {
+            "algorithm": {"advantage": "reinforce_pp", "replay": {}, "correction": "tis"},
+            "rollout": {"group_size": 1},
+        },
+        "group_size=1: replay keeps groups whose rewards differ",
+    ),
+    "a policy that imitates its one response": (
+        {"method": "rejection", "rollout": {"group_size": 1}},
+        "keep_best=1 of group_size=1 keeps every response, .* set online.min_reward",
+    ),
+    "a policy that imitates all of its responses": (
+        {"method": "rejection", "online": {"keep_best": 4}},
+        "keep_best=4 of group_size=4 keeps every response, .* raise group_size",
+    ),
+    "one response, whitened": (
+        {
+            "algorithm": {"advantage": "reinforce_pp"},
+            "rollout": {"group_size": 1},
+            "trainer": {"prompts_per_step": 1},
+        },
+        "prompts_per_step=1 x group_size=1 is one response a step, .* set algorithm.whiten_advantages: false",
+    ),
+    "one response and the greedy one, whitened": (
+        {
+            "algorithm": {"advantage": "remax", "whiten_advantages": True},
+            "rollout": {"group_size": 1},
+            "trainer": {"prompts_per_step": 1},
+        },
+        "is one response a step",
+    ),
+    "a warm-up without an end": (
+        {"trainer": {"warmup_steps": 8, "minibatches_per_step": 2}},
+        "warmup_steps=8 of 8 updates .* lower it below 8, or raise trainer.steps",
+    ),
+    "a warm-up of the critic's updates": (
+        {"method": "ppo", "critic": {"pretrain_steps": 2}, "trainer": {"warmup_steps": 2}},
+        "warmup_steps=2 of 2 updates",
+    ),
+    "noise in ratios": ({"trainer": {"neftune_alpha": 5.0}}, "every ratio of grpo is one to another policy"),
+    "noise in ppo's ratios": (
+        {"method": "ppo", "trainer": {"neftune_alpha": 5.0}},
+        "neftune_alpha=5 puts noise on the trainer's log-probs and not on the sampler's",
+    ),
+}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *SENSELESS])
 def test_refused(name):
-    """Would catch: a setting that is taken and then has no effect, or fails hours later."""
-    changes, said = REFUSED[name]
+    """Would catch: a setting that is taken and then has no effect, or fails hours later; two reports of one mistake."""
+    changes, said = (REFUSED | SENSELESS)[name]
     recipe = copy.deepcopy(TINY)
     recipe.pop("stages")
     recipe["trainer"] = {"steps": 4, "prompts_per_step": 8}
     for section, values in changes.items():
         recipe[section] = recipe[section] | values if isinstance(recipe.get(section), dict) else values
-    with pytest.raises(RecipeError, match=said):
+    recipe["data"].pop("response_column")
+    with pytest.raises(RecipeError, match=said) as refusal:
         plan_from_dict(recipe)
+    assert len(refusal.value.problems) == 1 or name in REFUSED
+
+
+# What stands next to what is refused.
+TAKEN = {
+    "pretraining to the last step but one": {"method": "ppo", "critic": {"pretrain_steps": 3}},
+    "the best of one that pass": {
+        "method": "rejection",
+        "rollout": {"group_size": 1},
+        "online": {"min_reward": 0.5},
+    },
+    "all that is sampled, for a later stage": {
+        "method": "rejection",
+        "online": {"keep_best": 4, "train": False},
+    },
+    "one response of a prompt": {
+        "algorithm": {"advantage": "reinforce_pp"},
+        "rollout": {"group_size": 1},
+        "trainer": {"prompts_per_step": 2},
+    },
+    "one response as it is": {
+        "algorithm": {"advantage": "reinforce_pp", "whiten_advantages": False},
+        "rollout": {"group_size": 1},
+        "trainer": {"prompts_per_step": 1},
+    },
+    "a warm-up that ends": {"trainer": {"warmup_steps": 3}},
+    "a warm-up of a length not known yet": {"trainer": {"steps": None, "epochs": 1, "warmup_steps": 30}},
+    "noise on texts": {
+        "method": "sft",
+        "data": {"response_column": "response"},
+        "trainer": {"neftune_alpha": 5.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name):
+    """Would catch: a rule that refuses what it does not speak of."""
+    base = {section: values for section, values in TINY.items() if section != "stages"}
+    base["trainer"] = {"steps": 4, "prompts_per_step": 8}
+    recipe = of_method(base, TAKEN[name])
+    assert plan_from_dict(recipe).stages
 
 
 def whole(changes: dict) -> dict:
@@ -203,3 +297,11 @@ def test_what_one_update_a_step_leaves_in_force_is_no_warning(algorithm):
     assert not plan_from_dict(
         whole({"algorithm": algorithm, "trainer": {"minibatches_per_step": 1}})
     ).warnings
+
+
+def test_truncated_samples_are_warned_of():
+    """Would catch: a gradient that is biased in silence, or a warning where nothing is learned from the samples."""
+    cut = {"rollout": {"top_p": 0.9, "top_k": 5}}
+    (warning,) = plan_from_dict(whole(cut)).warnings
+    assert "top_k: 5, top_p: 0.9: samples come from a truncated distribution" in warning.message
+    assert not plan_from_dict(whole(cut | {"method": "online_dpo"})).warnings

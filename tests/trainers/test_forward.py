@@ -1,4 +1,4 @@
-"""What losses on a shared trunk are made of."""
+"""What losses on a shared trunk are made of, and what is run for a group of responses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from rlhf.batching import SftExample, make_batch, make_sft_batch
+from rlhf.losses import reduction
 from rlhf.models import load_model, load_tokenizer
+from rlhf.models.scalar import load_scalar_model
 from rlhf.models.value_head import add_value_head
 from rlhf.recipe.load import plan_from_dict
 from rlhf.records import Prompt, Rollout
-from rlhf.trainers.forward import loss_function
+from rlhf.trainers.forward import loss_function, sharing_losses
 from rlhf.value import value_loss
-from rlhf.values import batch_logprobs_and_values
+from rlhf.values import batch_logprobs_and_values, batch_values
 from tests.e2e.running import TINY
 
 
@@ -44,10 +46,14 @@ def model(recipe):
 
 @pytest.fixture
 def batch():
+    return batch_of([(5, 6, 7 + i) for i in range(3)])
+
+
+def batch_of(prompts):
     rollouts = []
-    for i, n in enumerate((3, 5, 2)):
+    for i, (token_ids, n) in enumerate(zip(prompts, (3, 5, 2), strict=True)):
         ids = tuple(range(4, 4 + n))
-        prompt = Prompt(id=str(i), token_ids=(5, 6, 7 + i), text="")
+        prompt = Prompt(id=str(i), token_ids=token_ids, text="")
         rollouts.append(
             Rollout(f"0/{i}/0", prompt, ids, (True,) * n, (-3.0,) * n, (0,) * n, "stop", reward=1.0)
         )
@@ -106,3 +112,60 @@ def test_ptx_touches_the_value_head_and_does_not_move_it(recipe, model):
     model.zero_grad()
     loss.backward()
     assert model.value_head.weight.grad is not None and not model.value_head.weight.grad.any()
+
+
+def tokens_run(loss, model, batch):
+    """Tokens of all forward passes of a loss, and the loss."""
+    counts = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, ids: counts.append(ids[0].numel())
+    )
+    try:
+        return loss(model, batch), sum(counts)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["policy", "policy_and_value"])
+def test_a_group_s_prompt_is_run_once_and_nothing_else_changes(recipe, model, name):
+    """Would catch: a prompt run for each response of its group; a value, a log-prob or a gradient that another row of the
+    group changes; noise that is a row's own and drawn once for all."""
+    prompt = tuple(4 + i % 7 for i in range(20))
+    batch = batch_of([prompt] * 3)
+    assert name in sharing_losses(recipe)
+    loss = loss_function(name, recipe, kl_coef=0.0)
+    (together, sums), tokens = tokens_run(loss, model, batch)
+    assert tokens == 20 + 3 + 5 + 2
+    got = gradients(model, together)
+    parts = [loss(model, batch.select([row])) for row in range(3)]
+    assert together.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-5)
+    want = gradients(model, sum(part for part, _ in parts))
+    for parameter, gradient in got.items():
+        torch.testing.assert_close(gradient, want[parameter], rtol=1e-4, atol=1e-5)
+    assert all(
+        value.item() == pytest.approx(sum(s[key].item() for _, s in parts), rel=1e-5)
+        for key, value in sums.items()
+        if reduction(key) is torch.sum
+    )
+    noisy = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"neftune_alpha": 5.0})})
+    assert name not in sharing_losses(noisy)
+    assert tokens_run(loss_function(name, noisy, kl_coef=0.0), model, batch)[1] == 3 * 20 + 3 + 5 + 2
+
+
+def test_a_critic_runs_a_group_s_prompt_once(recipe):
+    """Would catch: a value of the first response token read at another row's last token."""
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer)
+    critic = load_scalar_model(recipe.model, tokenizer, head="new", seed=0, trainable=True)
+    batch = batch_of([tuple(4 + i % 7 for i in range(20))] * 3)
+    loss = loss_function("value", recipe)
+    (together, _), tokens = tokens_run(loss, critic, batch)
+    assert tokens == 20 + 3 + 5 + 2
+    got = gradients(critic, together)
+    want = gradients(critic, sum(loss(critic, batch.select([row]))[0] for row in range(3)))
+    for parameter, gradient in got.items():
+        torch.testing.assert_close(gradient, want[parameter], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        values = batch_values(critic, batch)
+        for row in range(3):
+            alone = batch_values(critic, batch.select([row]))
+            torch.testing.assert_close(values[row : row + 1, : alone.shape[1]], alone, rtol=0, atol=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf.batching import make_batch
+from rlhf.trainers.rewarding import penalty_metrics
 from rlhf.trainers.rounds import scored_groups
 from tests.trainers.fake_roles import FakeSampler, FakeScorer, fake_stage, group
 
@@ -44,3 +46,7 @@ def test_overlong_responses_lose_what_dapo_takes(tokens, penalty, tmp_path, monk
     short, long = scored_groups(stage, 0)[0].rollouts
     assert short.reward == 1.0 and long.reward == pytest.approx(1.0 - 2.0 * penalty)
     assert long.reward_parts["overlong"] == pytest.approx(-penalty)
+    assert penalty_metrics([short, long]) == {"reward/overlong/mean": pytest.approx(-penalty / 2)}
+    assert make_batch(
+        [short, long], group_ids=[0, 0], correct_above=0.5
+    ).right.all()  # late, and right all the same
