@@ -4,18 +4,19 @@ torch's fused CPU kernels round the last few elements of a thread's share differ
 row's result depends on how many rows there are. Here they are composed of operations that do not (exp and
 tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
 remainder, and on CUDA, the fused kernels run. The backward is always the fused one. SwiGLU has a form in C++,
-activation.cpp, which keeps nothing but its two inputs for the backward.
+activation.cpp, and one in Triton, activation_triton.py; they keep nothing but its two inputs for the backward.
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from rlhf.kernels import native
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.layout import wide
 from rlhf.kernels.threads import serial, worth
@@ -41,11 +42,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape")
-    is_native = native.serves("activation", gate.shape[-1], gate, up)
+    one_pass = _is_native(gate, up) or gpu.serves(gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up) if is_native else silu(gate) * up
-    if is_native:
-        return _swiglu_native(gate, up)
+        return _SwiGLU.apply(gate, up) if one_pass else silu(gate) * up
+    if one_pass:
+        return _swiglu(gate, up)
     hidden = silu(gate)
     with serial(hidden.numel()):
         return hidden.mul_(up)
@@ -57,12 +58,24 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _is_native(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    return native.serves("activation", gate.shape[-1], gate, up)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     g, u = _rows(gate), _rows(up)
+    if not _is_native(gate, up):
+        return _triton().gated(g, u, gelu=False).view(gate.shape)
     out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
     run = native.function("activation", "swiglu_forward", "pppiiiiii")
     run(*(t.data_ptr() for t in (g, u, out)), *_layout(g, u))
     return out
+
+
+def _triton() -> ModuleType:
+    from rlhf.kernels import activation_triton
+
+    return activation_triton
 
 
 def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
@@ -75,13 +88,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu_native(gate, up)
+        return _swiglu(gate, up)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         g, u, grad = _rows(gate), _rows(up), grad.contiguous()
+        if not _is_native(gate, up):
+            return tuple(d.view(gate.shape) for d in _triton().gradients(g, u, grad, gelu=False))
         to_gate, to_up = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (gate, up))
         run = native.function("activation", "swiglu_backward", "pppppiiiiii")
         run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))

@@ -12,8 +12,8 @@ case:
 
 Arithmetic is in fp32 (fp64 for fp64 inputs). `rlhf.models.probe` checks on the machine at hand that the
 products keep the first promise; it needs head_dim >= 8. Not here: how a model reaches these functions
-(`rlhf.models.attention`), which page belongs to whom (`rlhf.rollout.cache`). On CUDA tensors the same torch
-operations run, one kernel each: right but not fast.
+(`rlhf.models.attention`), which page belongs to whom (`rlhf.rollout.cache`). On CUDA attention_triton.py runs, which keeps
+the promise in its own way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.kernels import native
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.layout import compute_dtype, heads_together, wide
 from rlhf.kernels.threads import serial
@@ -44,6 +44,7 @@ _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
 _NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
 _FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
+_LARGEST_TRITON_HEAD, _MOST_TRITON_GROUP = 256, 64
 _MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
 _WORTH_THREADS = 1 << 22  # multiplications, from which on they are shared out
 
@@ -114,6 +115,7 @@ class Plan:
         self.starts = np.cumsum(self.query_lens) - self.query_lens
         self.num_tokens = int(self.query_lens.sum())
         self._layouts: dict[tuple[int, int, int | None, int], Layout] = {}
+        self.made: dict[tuple[Any, ...], Any] = {}  # what other forms made of the plan
         self.num_scores = int((self.query_lens * self.context_lens).sum())
         self.arrays = {  # what attention.cpp reads
             "starts": self.starts,
@@ -362,6 +364,8 @@ def attend_packed(
         return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
     if is_native(q, k, v, softcap):
         return _attend_native(q, k, v, plan, scale, window, sinks)
+    if _is_triton(q, k, v):
+        return _attend_triton(q, k, v, plan, scale, window, softcap, sinks)[0]
     table, token_rows = _table(q)
     layout = plan.layout(k.shape[1], group, window, token_rows)
     return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
@@ -456,6 +460,8 @@ def attend_paged(
         return q.new_zeros(0, q.shape[1], v_pages.shape[-1])
     if is_native(q, k_pages, v_pages, softcap):
         return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks)
+    if _is_triton(q, k_pages, v_pages):
+        return _attend_triton(q, k_pages, v_pages, plan, scale, window, softcap, sinks)[0]
     with torch.no_grad():
         table, token_rows = _table(q)
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
@@ -687,6 +693,56 @@ def _gradients_native(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks
 
 
+# -- the Triton form ---------------------------------------------------------------------------------------------
+
+
+def _is_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether attention_triton.py serves the call."""
+    return (
+        gpu.serves(q, k, v)
+        and max(q.shape[-1], v.shape[-1]) <= _LARGEST_TRITON_HEAD
+        and q.shape[1] // k.shape[1] <= _MOST_TRITON_GROUP
+        and (k.dim() == 3 or (k.is_contiguous() and v.is_contiguous()))
+    )
+
+
+def _attend_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    share_out: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result; and without `share_out` what the backward wants to know of every row's sum."""
+    from rlhf.kernels import attention_triton
+
+    if plan.page_table is None:
+        k, v = heads_together(k), heads_together(v)
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "share_out": share_out}
+    return attention_triton.forward(heads_together(q), k, v, plan, **options)
+
+
+def _gradients_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    logs: torch.Tensor,
+    grad: torch.Tensor,
+    plan: Plan,
+    **options: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    from rlhf.kernels import attention_triton
+
+    q, k, v = map(heads_together, (q, k, v))
+    return attention_triton.gradients(q, k, v, out, logs, grad, plan, sinks=sinks, **options)
+
+
 # -- the torch form ----------------------------------------------------------------------------------------------
 
 
@@ -749,8 +805,12 @@ class _PackedAttention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(q, k, v, sinks)
         ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
+        if not is_native(q, k, v, softcap) and _is_triton(q, k, v):
+            out, logs = _attend_triton(q, k, v, plan, scale, window, softcap, sinks, share_out=False)
+            ctx.save_for_backward(q, k, v, sinks, out, logs)
+            return out
+        ctx.save_for_backward(q, k, v, sinks)
         if is_native(q, k, v, softcap):
             return _attend_native(q, k, v, plan, scale, window, sinks)
         layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
@@ -760,7 +820,11 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks = ctx.saved_tensors
+        q, k, v, sinks, *of_triton = ctx.saved_tensors
+        if of_triton:
+            options = {"scale": ctx.scale, "window": ctx.window, "softcap": ctx.softcap}
+            of_inputs = _gradients_triton(q, k, v, sinks, *of_triton, grad, ctx.plan, **options)
+            return *of_inputs, None, None, None, None
         if is_native(q, k, v, ctx.softcap):
             of_inputs = _gradients_native(q, k, v, grad, ctx.plan, ctx.scale, ctx.window, sinks)
             return *of_inputs, None, None, None, None

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from rlhf.kernels import gpu
+
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("g++", "c++")  # the sources use GCC's vector extensions
 _TIMEOUT_S = 120.0
@@ -70,11 +72,12 @@ def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
 
 
 def form(device: torch.device | str) -> str:
-    """ "C++" or "torch", or both: what serves models on this device, for people and to compare machines."""
-    on_cpu = torch.device(device).type == "cpu"
+    """ "C++" or "torch", or both, or "Triton and torch": what serves models on this device, for people and to compare
+    machines."""
+    if torch.device(device).type != "cpu":
+        return "Triton and torch" if gpu.available() else "torch"
     sources = [path.stem for path in Path(__file__).parent.glob("*.cpp")]
-    forms = {"C++" if on_cpu and library(name) is not None else "torch" for name in sources}
-    return " and ".join(sorted(forms))
+    return " and ".join(sorted({"torch" if library(name) is None else "C++" for name in sources}))
 
 
 def _cache_folder() -> Path:

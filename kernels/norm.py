@@ -1,9 +1,9 @@
 """RMSNorm with fewer passes over memory than transformers' modules take.
 
 Here: the variant of Llama and most models after it (normalise in fp32, round, multiply by the weight), with a
-backward of its own. A row depends on itself only. On a CPU with a C++ compiler norm.cpp runs; else, and on CUDA, the
-torch operations, which give the stock module's bits (the C++ form adds the squares up in another order). Not here: which
-modules are replaced (`rlhf.models.swap`).
+backward of its own. A row depends on itself only. On a CPU with a C++ compiler norm.cpp runs, on CUDA norm_triton.py;
+else the torch operations, which give the stock module's bits (the other forms add the squares up in another order). Not
+here: which modules are replaced (`rlhf.models.swap`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf.kernels import native
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.layout import heads_together, wide
 from rlhf.kernels.threads import serial, worth
@@ -39,6 +39,8 @@ def add_rms_norm(x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, ep
         raise ValueError(f"{shapes}: x and change must be alike, and weight one row of them")
     if _is_native(x, weight) and change.dtype == x.dtype and x.is_contiguous():
         return _native(x, weight, eps, change=change.contiguous())
+    if gpu.serves(x, weight, change) and x.is_contiguous():
+        return _triton(x, weight, eps, change=change.contiguous())
     with serial(x.numel()):
         x += change
     return _forward(x, weight, eps)
@@ -50,7 +52,29 @@ def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _native(x, weight, eps) if _is_native(x, weight) else stock_form(x, weight, eps)
+    if _is_native(x, weight):
+        return _native(x, weight, eps)
+    return _triton(x, weight, eps) if gpu.serves(x, weight) else stock_form(x, weight, eps)
+
+
+# -- the Triton form -----------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
+) -> torch.Tensor:
+    from rlhf.kernels import norm_triton
+
+    x = heads_together(x) if x.dim() == 3 else x.contiguous()
+    return norm_triton.rms_norm(x, weight.contiguous(), eps, change)
+
+
+def _triton_gradients(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    from rlhf.kernels import norm_triton
+
+    return norm_triton.gradients(x.contiguous(), weight.contiguous(), eps, grad.contiguous(), needs)
 
 
 # -- the native form ---------------------------------------------------------------------------------------------
@@ -137,9 +161,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.eps = eps
-        if _is_native(x, weight):
+        if _is_native(x, weight) or gpu.serves(x, weight):
             ctx.save_for_backward(x, weight)
-            return _native(x, weight, eps)
+            return _forward(x, weight, eps)
         out, scale = _torch(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
@@ -150,4 +174,5 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, *scale = ctx.saved_tensors
         if scale:
             return *_torch_gradients(x, weight, *scale, grad, ctx.needs_input_grad), None
-        return *_native_gradients(x, weight, ctx.eps, grad, ctx.needs_input_grad), None
+        gradients = _native_gradients if _is_native(x, weight) else _triton_gradients
+        return *gradients(x, weight, ctx.eps, grad, ctx.needs_input_grad), None

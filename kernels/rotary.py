@@ -1,17 +1,19 @@
 """Rotary position embedding of halves, one pass over memory.
 
-Here: `rotate`, differentiable, in rotary.cpp on a CPU with a C++ compiler and in torch operations elsewhere. Arithmetic is
+Here: `rotate`, differentiable, in rotary.cpp on a CPU with a C++ compiler, in rotary_triton.py on CUDA and in torch
+operations elsewhere. Arithmetic is
 in fp32 (fp64 for fp64) and rounded once. Not here: cos and sin, which are the model's; which models use it
 (`rlhf.models.swap`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from rlhf.kernels import native
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.layout import compute_dtype, heads_together
 from rlhf.kernels.threads import serial, worth
@@ -29,10 +31,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`rotate` in place, without gradient, in its bits."""
     _check(x, cos, sin)
-    if not native.serves("rotary", x.shape[-1], x, cos, sin):
+    fast = _fast(x, cos, sin)
+    if fast is None:
         return x.copy_(_torch(x, cos, sin))
     together = heads_together(x)
-    _native(together, cos, sin, out=together)
+    fast(together, cos, sin, out=together)
     return x if together is x else x.copy_(together)
 
 
@@ -45,11 +48,27 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
-    if not native.serves("rotary", x.shape[-1], x, cos, sin):
+    fast = _fast(x, cos, sin)
+    if fast is None:
         return _torch(x, cos, sin, transposed=transposed)
     x = heads_together(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    return _native(x, cos, sin, out=out, transposed=transposed)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return fast(x, cos, sin, out=out, transposed=transposed)
+
+
+def _fast(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """The form in one pass that takes the tensors, if any."""
+    if native.serves("rotary", x.shape[-1], x, cos, sin):
+        return _native
+    return _triton if gpu.serves(x, cos, sin) else None
+
+
+def _triton(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor, transposed: bool = False
+) -> torch.Tensor:
+    from rlhf.kernels import rotary_triton
+
+    return rotary_triton.rotary(x, cos.contiguous(), sin.contiguous(), out=out, transposed=transposed)
 
 
 def _native(

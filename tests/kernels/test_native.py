@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.kernels import native
+from rlhf.kernels import gpu, native
 
 PROGRAM = "from rlhf.kernels import native; print(native.library('activation') is not None)"
 
@@ -67,7 +67,9 @@ def test_a_library_that_cannot_be_loaded_is_not_fatal(tmp_path):
 
 def test_form_names_what_runs(monkeypatch):
     """Would catch: machines with and without a compiler, or a GPU, that a run takes for alike."""
-    assert native.form("cuda") == "torch"
+    for there, form in ((True, "Triton and torch"), (False, "torch")):
+        monkeypatch.setattr(gpu, "available", lambda there=there: there)
+        assert native.form("cuda") == form
     monkeypatch.setattr(native, "library", lambda name: None)
     assert native.form("cpu") == "torch"
     monkeypatch.setattr(native, "library", lambda name: object() if name == "norm" else None)

@@ -1,0 +1,498 @@
+"""Causal attention as Triton kernels: packs and pages, decode and prefill in the same bits, and the backward of packs.
+
+A context is cut into segments of 256 absolute positions. Each is reduced by itself to a maximum, a sum and a weighted sum
+of values, and segments are merged in their order by one formula: in a program's registers where it walks the whole
+context, in `_merged` where programs took a segment each (decode has too few rows to fill a GPU otherwise). A tile that a
+row does not see changes nothing of it, exactly. The backward recomputes probabilities from each row's logarithm of the
+sum (Dao 2023, arXiv 2307.08691); every gradient is added up by one program, in one order.
+
+Rows of a tile are queries x the heads that share a key head. Not here: what goes together (`rlhf.kernels.attention.Plan`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from rlhf.kernels.attention import Plan
+
+SEGMENT = 256
+_WARPS = 8
+_FEW_QUERIES = 8  # of a sequence: then segments are shared out
+
+
+# -- in all kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _merged(m, total, acc, m_more, total_more, acc_more):
+    # two parts of a row's softmax (maximum, sum, values), base 2; -inf where a part has no key
+    top = tl.maximum(m, m_more)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    old, new = tl.exp2(m - safe), tl.exp2(m_more - safe)
+    total = tl.fma(total, old, total_more * new)
+    acc = tl.fma(acc, old[:, None] + tl.zeros_like(acc), acc_more * new[:, None])
+    return top, total, acc
+
+
+@triton.jit
+def _finished(m, total, acc, sinks, head, valid, SINKS: tl.constexpr):
+    # the row's output, and the base 2 logarithm of its sum, the sink in it
+    if SINKS:
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+        m, total, acc = _merged(m, total, acc, sink, tl.full(m.shape, 1.0, tl.float32), tl.zeros_like(acc))
+    total = tl.where(valid, total, 1.0)
+    return acc / total[:, None], m + tl.log2(total)
+
+
+@triton.jit
+def _rows_of(item, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    # of a tile: token, head within the group, position, whether it is one at all
+    token, count, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    return (token + query).to(tl.int64), row % GROUP, position + query, query < count
+
+
+@triton.jit
+def _key_at(
+    position, inside, seq, page_table, table_width, page_tokens, token, kv_heads, kv_head, dim, PAGED: tl.constexpr
+):  # fmt: skip
+    # where the key at a position of a sequence begins
+    if PAGED:
+        page = tl.load(
+            page_table + tl.load(seq + 4).to(tl.int64) * table_width + position // page_tokens,
+            mask=inside,
+            other=0,
+        )
+        return ((page.to(tl.int64) * kv_heads + kv_head) * page_tokens + position % page_tokens) * dim
+    own_start, own_from, prefix = tl.load(seq), tl.load(seq + 1), tl.load(seq + 2)
+    place = tl.where(position < own_from, prefix + position, own_start + position - own_from)
+    return place.to(tl.int64) * token + kv_head * dim
+
+
+@triton.jit
+def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
+    # of rows a and keys b (transposed), base 2; and the slope of the cap
+    s = tl.dot(a, b, input_precision="ieee")
+    slope = tl.full(s.shape, 1.0, tl.float32)
+    if SOFTCAP:
+        s = s * scale
+        e = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(s / softcap))
+        t = (1.0 - e) / (1.0 + e)
+        t = tl.where(s < 0, -t, t)
+        s = softcap * t * 1.4426950408889634
+        slope = 1.0 - t * t
+    else:
+        s = s * (scale * 1.4426950408889634)
+    return s, slope
+
+
+@triton.jit
+def _segment(
+    q, position, valid, start, end, k, v, seq, page_table, table_width, page_tokens, k_token, v_token, kv_heads, kv_head,
+    dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    # positions start to end of a context, of which the rows see those up to their own: (maximum, sum, values)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, V_DIM), tl.float32)
+    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    for first in range(start, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        there = at < end
+        k_at = _key_at(
+            at, there, seq, page_table, table_width, page_tokens, k_token, kv_heads, kv_head, dim, PAGED
+        )
+        v_at = _key_at(
+            at, there, seq, page_table, table_width, page_tokens, v_token, kv_heads, kv_head, v_dim, PAGED
+        )
+        kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
+        s, _ = _scores(q, kt, scale, softcap, SOFTCAP)
+        seen = there[None, :] & valid[:, None] & (at[None, :] <= position[:, None])
+        if WINDOW:
+            seen &= at[None, :] > (position - window)[:, None]
+        s = tl.where(seen, s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(s - safe[:, None])
+        old = tl.exp2(m - safe)
+        total = tl.fma(total, old, tl.sum(p, 1))
+        values = tl.load(
+            v + v_at[:, None] + dv[None, :], mask=there[:, None] & (dv < v_dim)[None, :], other=0.0
+        )
+        acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision="ieee")
+        m = top
+    return m, total, acc
+
+
+# -- forward ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, logs, sinks, items, seqs, page_table, part_acc, part_m, part_total,
+    table_width, page_tokens, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
+    PAGED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    item = items + tl.program_id(0) * 8
+    kv_head = tl.program_id(1)
+    token, in_group, position, valid = _rows_of(item, GROUP, ROWS)
+    seq = seqs + tl.load(item + 3) * 8
+    first, end = tl.load(item + 4), tl.load(item + 5)
+    head = kv_head * GROUP + in_group
+    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    q_at = token * q_token + head * dim
+    a = tl.load(q + q_at[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, V_DIM), tl.float32)
+    for start in range(first, end, SEGMENT):
+        m_one, total_one, acc_one = _segment(
+            a, position, valid, start, tl.minimum(start + SEGMENT, end), k, v, seq, page_table, table_width,
+            page_tokens, k_token, v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, SOFTCAP, WINDOW,
+            ROWS, KEYS, DIM, V_DIM,
+        )  # fmt: skip
+        m, total, acc = _merged(m, total, acc, m_one, total_one, acc_one)
+    inside = valid[:, None] & (dv < v_dim)[None, :]
+    if SPLIT:
+        part = (tl.load(item + 6).to(tl.int64) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        tl.store(part_m + part, m, mask=valid)
+        tl.store(part_total + part, total, mask=valid)
+        tl.store(part_acc + part[:, None] * v_dim + dv[None, :], acc, mask=inside)
+    else:
+        result, log = _finished(m, total, acc, sinks, head, valid, SINKS)
+        out_at = (token * heads + head) * v_dim
+        tl.store(out + out_at[:, None] + dv[None, :], result.to(out.dtype.element_ty), mask=inside)
+        tl.store(logs + token * heads + head, log, mask=valid)
+
+
+@triton.jit
+def _join(
+    out, sinks, items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
+    SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    item = items + tl.program_id(0) * 8
+    kv_head = tl.program_id(1)
+    token, in_group, _, valid = _rows_of(item, GROUP, ROWS)
+    head = kv_head * GROUP + in_group
+    dv = tl.arange(0, V_DIM)
+    inside = valid[:, None] & (dv < v_dim)[None, :]
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, V_DIM), tl.float32)
+    for number in range(tl.load(item + 6), tl.load(item + 7)):
+        part = (number * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        m_one = tl.load(part_m + part, mask=valid, other=float("-inf"))
+        total_one = tl.load(part_total + part, mask=valid, other=0.0)
+        acc_one = tl.load(part_acc + part[:, None] * v_dim + dv[None, :], mask=inside, other=0.0)
+        m, total, acc = _merged(m, total, acc, m_one, total_one, acc_one)
+    result, _ = _finished(m, total, acc, sinks, head, valid, SINKS)
+    out_at = (token * heads + head) * v_dim
+    tl.store(out + out_at[:, None] + dv[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+# -- backward --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _grad_q(
+    q, k, v, grad, logs, delta, grad_q, items, seqs, q_token, k_token, v_token, heads, kv_heads, dim, v_dim,
+    scale, softcap, window,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    item = items + tl.program_id(0) * 8
+    kv_head = tl.program_id(1)
+    token, in_group, position, valid = _rows_of(item, GROUP, ROWS)
+    seq = seqs + tl.load(item + 3) * 8
+    first, end = tl.load(item + 4), tl.load(item + 5)
+    head = kv_head * GROUP + in_group
+    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    q_inside, v_inside = valid[:, None] & (d < dim)[None, :], valid[:, None] & (dv < v_dim)[None, :]
+    a = tl.load(q + (token * q_token + head * dim)[:, None] + d[None, :], mask=q_inside, other=0.0)
+    g = tl.load(grad + ((token * heads + head) * v_dim)[:, None] + dv[None, :], mask=v_inside, other=0.0)
+    log = tl.load(logs + token * heads + head, mask=valid, other=0.0)
+    less = tl.load(delta + token * heads + head, mask=valid, other=0.0)
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    for start in range(first, end, KEYS):
+        at = start + tl.arange(0, KEYS)
+        there = at < end
+        k_at = _key_at(at, there, seq, seq, 0, 1, k_token, kv_heads, kv_head, dim, False)
+        v_at = _key_at(at, there, seq, seq, 0, 1, v_token, kv_heads, kv_head, v_dim, False)
+        kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
+        vt = tl.load(v + v_at[None, :] + dv[:, None], mask=there[None, :] & (dv < v_dim)[:, None], other=0.0)
+        s, slope = _scores(a, kt, scale, softcap, SOFTCAP)
+        seen = there[None, :] & valid[:, None] & (at[None, :] <= position[:, None])
+        if WINDOW:
+            seen &= at[None, :] > (position - window)[:, None]
+        p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
+        ds = p * (tl.dot(g, vt, input_precision="ieee") - less[:, None]) * slope
+        total = tl.dot(ds.to(kt.dtype), tl.trans(kt), total, input_precision="ieee")
+    at = (token * heads + head) * dim
+    tl.store(grad_q + at[:, None] + d[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=q_inside)
+
+
+@triton.jit
+def _grad_kv(
+    q, k, v, grad, logs, delta, grad_k, grad_v, blocks, readers, seqs, q_token, k_token, v_token, heads, kv_heads,
+    dim, v_dim, scale, softcap, window,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    block = blocks + tl.program_id(0) * 4
+    kv_head = tl.program_id(1)
+    key = tl.load(block) + tl.arange(0, KEYS)  # a token
+    there = tl.arange(0, KEYS) < tl.load(block + 1)
+    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    k_inside, v_inside = there[:, None] & (d < dim)[None, :], there[:, None] & (dv < v_dim)[None, :]
+    key_row = key.to(tl.int64)
+    b = tl.load(k + (key_row * k_token + kv_head * dim)[:, None] + d[None, :], mask=k_inside, other=0.0)
+    c = tl.load(v + (key_row * v_token + kv_head * v_dim)[:, None] + dv[None, :], mask=v_inside, other=0.0)
+    total_k = tl.zeros((KEYS, DIM), tl.float32)
+    total_v = tl.zeros((KEYS, V_DIM), tl.float32)
+    for reader in range(tl.load(block + 2), tl.load(block + 3)):
+        seq = seqs + tl.load(readers + reader) * 8
+        own_start, own_from, prefix, context = (
+            tl.load(seq),
+            tl.load(seq + 1),
+            tl.load(seq + 2),
+            tl.load(seq + 3),
+        )
+        is_own = tl.load(block) >= own_start
+        at = tl.where(is_own, key - own_start + own_from, key - prefix)
+        seen_key = there & (is_own | (at < own_from))
+        lowest = tl.maximum(tl.where(is_own, tl.load(block) - own_start, 0), 0)
+        highest = context - own_from
+        if WINDOW:
+            last_at = (
+                tl.where(is_own, tl.load(block) - own_start + own_from, tl.load(block) - prefix) + KEYS - 1
+            )
+            highest = tl.minimum(highest, last_at + window - own_from)
+        for start in range(lowest * GROUP, highest * GROUP, ROWS):
+            row = start + tl.arange(0, ROWS)
+            query = row // GROUP
+            valid = query < context - own_from
+            position = own_from + query
+            token = (own_start + query).to(tl.int64)
+            head = kv_head * GROUP + row % GROUP
+            a = tl.load(
+                q + (token * q_token + head * dim)[:, None] + d[None, :],
+                mask=valid[:, None] & (d < dim)[None, :], other=0.0,
+            )  # fmt: skip
+            g = tl.load(
+                grad + ((token * heads + head) * v_dim)[:, None] + dv[None, :],
+                mask=valid[:, None] & (dv < v_dim)[None, :], other=0.0,
+            )  # fmt: skip
+            log = tl.load(logs + token * heads + head, mask=valid, other=0.0)
+            less = tl.load(delta + token * heads + head, mask=valid, other=0.0)
+            s, slope = _scores(b, tl.trans(a), scale, softcap, SOFTCAP)
+            seen = seen_key[:, None] & valid[None, :] & (at[:, None] <= position[None, :])
+            if WINDOW:
+                seen &= at[:, None] > (position - window)[None, :]
+            p = tl.where(seen, tl.exp2(s - log[None, :]), 0.0)
+            total_v = tl.dot(p.to(g.dtype), g, total_v, input_precision="ieee")
+            ds = p * (tl.dot(c, tl.trans(g), input_precision="ieee") - less[None, :]) * slope
+            total_k = tl.dot(ds.to(a.dtype), a, total_k, input_precision="ieee")
+    k_to, v_to = (key_row * kv_heads + kv_head) * dim, (key_row * kv_heads + kv_head) * v_dim
+    tl.store(
+        grad_k + k_to[:, None] + d[None, :], (total_k * scale).to(grad_k.dtype.element_ty), mask=k_inside
+    )
+    tl.store(grad_v + v_to[:, None] + dv[None, :], total_v.to(grad_v.dtype.element_ty), mask=v_inside)
+
+
+# -- what the programs do --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A plan cut into programs, int32 on the device."""
+
+    items: (
+        torch.Tensor
+    )  # (n, 8): token, queries, position, sequence, first key, end of keys, first part, end of parts
+    shares: (
+        torch.Tensor | None
+    )  # (parts, 8) the same for one segment each; None = an item walks its context alone
+    seqs: torch.Tensor  # (S, 8): first query, its position, prefix, context, row of the page table
+    page_table: torch.Tensor  # (S, pages)
+    key_blocks: torch.Tensor | None  # (b, 4): token, keys, first reader, end of readers; without pages
+    readers: torch.Tensor | None  # sequences that read the keys of a block
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and keys that a program works on together, and the powers of 2 that hold a head. A function of dtype and
+    sizes alone, so that a row's bits are the same in every call."""
+
+    rows: int
+    keys: int
+    dim: int
+    v_dim: int
+
+
+def tile_of(dtype: torch.dtype, dim: int, v_dim: int, group: int) -> Tile:
+    """fp32 is not for tensor cores, and its tiles are small for it."""
+    dim, v_dim = (triton.next_power_of_2(max(size, 16)) for size in (dim, v_dim))
+    rows, keys = (16, 16) if dtype == torch.float32 else (64, 64 if max(dim, v_dim) <= 128 else 32)
+    return Tile(max(rows, triton.next_power_of_2(group)), keys, dim, v_dim)
+
+
+def work_of(plan: Plan, group: int, window: int | None, tile: Tile) -> Work:
+    """The work of a plan, made once for all layers."""
+    key = ("triton", group, window, tile.rows, tile.keys)
+    if key not in plan.made:
+        plan.made[key] = _make_work(plan, tile.rows // group, window, tile.keys)
+    return plan.made[key]
+
+
+def _make_work(plan: Plan, queries: int, window: int | None, keys: int) -> Work:
+    lens, contexts = plan.query_lens, plan.context_lens
+    before = contexts - lens
+    pieces = -(-lens // queries)
+    seq = np.repeat(np.arange(len(lens)), pieces)
+    first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * queries
+    count = np.minimum(lens[seq] - first, queries)
+    position = before[seq] + first
+    key_from = (
+        np.zeros_like(seq) if window is None else np.maximum(position - window + 1, 0) // SEGMENT * SEGMENT
+    )
+    key_end = position + count
+    parts = -(-(key_end - key_from) // SEGMENT)
+    ends = np.cumsum(parts)
+    items = np.stack(
+        [plan.starts[seq] + first, count, position, seq, key_from, key_end, ends - parts, ends], 1
+    )
+    shares = None
+    if int(lens.max(initial=0)) <= _FEW_QUERIES and int(parts.max(initial=0)) > 1:
+        shares = np.repeat(items, parts, 0)
+        number = np.arange(len(shares))
+        start = shares[:, 4] + (number - shares[:, 6]) * SEGMENT
+        shares[:, 5] = np.minimum(start + SEGMENT, shares[:, 5])
+        shares[:, 4], shares[:, 6] = start, number
+    else:
+        items = items[np.argsort(key_from - key_end, kind="stable")]  # the longest first
+    zeros = np.zeros(len(lens), np.int64)
+    prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
+    seqs = np.stack([plan.starts, before, prefix, contexts, np.arange(len(lens)), zeros, zeros, zeros], 1)
+    table = plan.page_table if plan.page_table is not None else np.zeros((1, 1), np.int64)
+    blocks, readers = (None, None) if plan.page_table is not None else _key_blocks(plan, keys)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(plan.device)
+
+    return Work(*(None if x is None else tensor(x) for x in (items, shares, seqs, table, blocks, readers)))
+
+
+def _key_blocks(plan: Plan, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence's own keys in blocks, and for each block the sequences that read it, its own first."""
+    readers_of: list[list[int]] = [[s] for s in range(len(plan.starts))]
+    if plan.prefix_starts is not None:
+        before = plan.context_lens - plan.query_lens
+        for s in np.flatnonzero(before):
+            first = np.searchsorted(plan.starts, plan.prefix_starts[s], side="right") - 1
+            last = np.searchsorted(plan.starts, plan.prefix_starts[s] + before[s] - 1, side="right") - 1
+            for owner in range(first, last + 1):
+                readers_of[owner].append(int(s))
+    blocks, readers = [], []
+    for s, (start, length) in enumerate(zip(plan.starts, plan.query_lens)):
+        begin = len(readers)
+        readers += readers_of[s]
+        blocks += [(start + i, min(keys, length - i), begin, len(readers)) for i in range(0, length, keys)]
+    return np.array(blocks, np.int64).reshape(-1, 4), np.array(readers, np.int64)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    share_out: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (N', Hq, D) and k, v (N, Hkv, D) with each token's heads together, or contiguous pages (P, Hkv, page, D) ->
+    (N', Hq, Dv), and (N, Hq) fp32 base 2 logarithms of the sums, without `share_out`: with it programs may take a segment each, in the same bits."""
+    heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
+    group = heads // kv_heads
+    tile = tile_of(q.dtype, dim, v_dim, group)
+    work = work_of(plan, group, window, tile)
+    out = torch.empty((len(q), heads, v_dim), dtype=q.dtype, device=q.device)
+    logs = torch.empty((plan.num_tokens, heads), dtype=torch.float32, device=q.device)
+    paged = plan.page_table is not None
+    split = work.shares is not None and share_out
+    items = work.shares if split else work.items
+    many = len(items) if split else 0
+    part_acc = torch.empty((many, kv_heads, tile.rows, v_dim), dtype=torch.float32, device=q.device)
+    part_m, part_total = (
+        torch.empty((many, kv_heads, tile.rows), dtype=torch.float32, device=q.device) for _ in "ml"
+    )
+    _forward[(len(items), kv_heads)](
+        q, k, v, out, logs, q if sinks is None else sinks, items, work.seqs, work.page_table, part_acc, part_m, part_total,
+        work.page_table.shape[1], plan.page_tokens or 1, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim, v_dim,
+        float(scale), float(softcap or 0.0), window or 0,
+        PAGED=paged, SPLIT=split, SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None,
+        GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim, V_DIM=tile.v_dim, SEGMENT=SEGMENT,
+        num_warps=_WARPS, num_stages=2,
+    )  # fmt: skip
+    if split:
+        _join[(len(work.items), kv_heads)](
+            out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
+            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=_WARPS,
+        )  # fmt: skip
+    if plan.num_repeats:
+        out[plan.num_tokens :] = out[plan.num_tokens - 1]
+    return out, logs
+
+
+def gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logs: torch.Tensor,
+    grad: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of q, k, v and sinks of a pack, from what `forward` gave; q, k, v with each token's heads together."""
+    heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
+    group = heads // kv_heads
+    tile = tile_of(q.dtype, dim, v_dim, group)
+    work, grad = work_of(plan, group, window, tile), grad.contiguous()
+    delta = (grad.float() * out.float()).sum(-1)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    common: dict[str, Any] = dict(
+        SOFTCAP=softcap is not None, WINDOW=window is not None, GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim,
+        V_DIM=tile.v_dim, num_warps=_WARPS, num_stages=2,
+    )  # fmt: skip
+    numbers = (
+        *(x.stride(0) for x in (q, k, v)),
+        *(heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0), window or 0),
+    )
+    _grad_q[(len(work.items), kv_heads)](
+        q, k, v, grad, logs, delta, dq, work.items, work.seqs, *numbers, **common
+    )  # fmt: skip
+    _grad_kv[(len(work.key_blocks), kv_heads)](
+        q, k, v, grad, logs, delta, dk, dv, work.key_blocks, work.readers, work.seqs, *numbers, **common
+    )  # fmt: skip
+    if sinks is None:
+        return dq, dk, dv, None
+    share = torch.exp2(sinks.float() * 1.4426950408889634 - logs)
+    return dq, dk, dv, -(share * delta).sum(0).to(sinks.dtype)

@@ -1,0 +1,45 @@
+"""Triton forms of operations, for CUDA tensors.
+
+Here: `serves`, which tensors they take, and how a table of rows is cut into programs. Each form lies beside its operation, as
+`<operation>_triton.py`, and is imported when the first CUDA tensor comes. Without triton, or where RLHF_TRITON=0, there
+is none and the torch operations run. Not here: what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TILE = 4096  # numbers of one program, about
+_MOST = 1 << 16  # numbers of the longest row that a program can hold
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is triton, and it is not turned off."""
+    return os.environ.get("RLHF_TRITON") != "0" and importlib.util.find_spec("triton") is not None
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether the Triton forms take the tensors: fp32, bf16 or fp16, alike, on one CUDA device."""
+    first = tensors[0]
+    return (
+        first.is_cuda
+        and first.dtype in _DTYPES
+        and all(x.dtype == first.dtype and x.device == first.device for x in tensors)
+        and available()
+    )
+
+
+def row_tile(width: int) -> tuple[int, int, int]:
+    """(rows of one program, power of 2 that holds a row, warps) for rows of `width` numbers: a function of the width
+    alone, so that a row's bits do not depend on how many there are. Raises ValueError for rows too long for a program."""
+    if width > _MOST:
+        raise ValueError(f"rows of {width} numbers: a Triton program holds {_MOST}; set RLHF_TRITON=0")
+    block = 1 << max(width - 1, 15).bit_length()
+    rows = max(1, _TILE // block // 4) if block < _TILE else 1
+    return rows, block, min(max(rows * block // 512, 1), 16)

@@ -1,0 +1,45 @@
+"""The Triton forms without a GPU: other forms' tests of theirs in Triton's interpreter, and every kernel compiled.
+
+Each in a process of its own: what Triton makes of a kernel is decided when it is imported. The interpreter is slow, so that
+of tests over many rows or sizes a part is run.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+# of each file, what pytest's -k takes
+INTERPRETED = {
+    "test_norm.py": "stock_module or refused or addition or heads_beside or one_number",
+    "test_rotary.py": "values or refused or in_place or apart",
+    "test_activation.py": "swiglu_values or swiglu_keeps or unlike",
+    "test_attention.py": "(head_size_in_fp32 and 96 and sinks) or (groups_and_bf16 and dtype1) or sinks_alone or far_apart or segments",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_in_the_interpreter(file):
+    """Would catch: what those tests would, in a kernel that no machine without a GPU runs."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(file)), "-k", INTERPRETED[file]],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_keeps_to_its_registers():
+    """Would catch: a kernel that the interpreter runs and a GPU's compiler refuses, and spills that nobody knows of."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0 and " 0 spill more" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
