@@ -37,6 +37,8 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    from rlhf.kernels import native
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -47,4 +49,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "kernels": native.form("cpu"),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of the code here, with a + where it was changed since; empty without git."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -257,7 +257,7 @@ def _key_metrics(metrics: Mapping[str, float]) -> list[str]:
 
 def _reward_cell(rollout: Rollout) -> Text:
     if rollout.reward is None:
-        return Text("missing", "red")
+        return Text("missing", "red") if rollout.reward_error else Text("-")
     return Text(format_value(rollout.reward), "green" if rollout.reward > 0 else "")
 
 

@@ -63,6 +63,8 @@ RULES: dict[str, Rule] = {
     "robust/bad_rows": Rule(above(0), "rows of the dataset were dropped"),
 }
 
+CHOSEN = "dpo/logprob_chosen"
+HALVED = 2.0  # times as many nats, and as many more, than a chosen answer cost at first: a warning
 FALL = 0.05  # an evaluation this far below its best, while the training reward rose, is a warning
 
 
@@ -73,6 +75,7 @@ class MetricWatch:
         self._bad_in_a_row: dict[str, int] = {}
         self._said: set[str] = set()
         self._reward: float | None = None
+        self._first_chosen: float | None = None
         self._best: dict[
             str, tuple[float, float | None]
         ] = {}  # evaluation: (best value, training reward then)
@@ -96,11 +99,24 @@ class MetricWatch:
             return [(f"{name} non-finite", "not a finite number")]
         if name.startswith("eval/") and "/pass@" in name:
             return self._judge_evaluation(name, value)
+        if name == CHOSEN:
+            return self._judge_chosen(value)
         rule = RULES.get(name)
         if rule is None:
             return []
         self._bad_in_a_row[name] = self._bad_in_a_row.get(name, 0) + 1 if rule.is_bad(value) else 0
         return [(name, rule.sentence)] if self._bad_in_a_row[name] >= rule.in_a_row else []
+
+    def _judge_chosen(self, value: float) -> list[tuple[str, str]]:
+        if self._first_chosen is None:
+            self._first_chosen = value
+        if value >= HALVED * (self._first_chosen - 1.0):
+            return []
+        sentence = (
+            f"the chosen answers were at {self._first_chosen:.4g}: the policy leaves them together with the rejected ones; "
+            "lower trainer.lr, raise preference.beta, or set preference.nll_coef"
+        )
+        return [(CHOSEN, sentence)]
 
     def _judge_evaluation(self, name: str, value: float) -> list[tuple[str, str]]:
         best, reward_then = self._best.get(name, (-math.inf, None))

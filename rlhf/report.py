@@ -446,8 +446,10 @@ def _sample_row(row: Mapping[str, Any], span: tuple[float, float]) -> str:
     if isinstance(reward, (int, float)):
         level = (reward - low) / (high - low) if high > low else 0.5
         pill = f'<span class="pill" style="--level:{level:.2f}">{format_value(reward)}</span>'
-    else:
+    elif reward or row["reward_error"]:
         pill = f'<span class="pill missing">{_esc(str(reward or "missing"))}</span>'
+    else:
+        pill = "-"  # nothing was to be judged
     parts = row["reward_parts"]
     if len(parts) > 1:
         each = "<br>".join(f"{_esc(str(k))} <b>{_number(v)}</b>" for k, v in parts.items())

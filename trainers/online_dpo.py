@@ -28,6 +28,7 @@ def train_online_dpo(stage: Stage) -> None:
         else:
             pairs = best_worst_pairs(groups, min_gap=online.min_gap)
         rollouts = flatten(groups)
+        stage.note({"dpo/pairs": float(len(pairs))})
         batch, updates = None, []
         if pairs:
             batch = stage.with_reference(make_preference_batch(pairs))

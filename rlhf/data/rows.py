@@ -238,7 +238,7 @@ def _read(row: Row | BadRow, read: Callable[[Row], Texts]) -> Texts:
 
 def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What the tokenizer puts before a text by itself: (bos,) or ()."""
-    first = tokenizer.encode("1")[:1]
+    first = tokenizer.encode("")[:1]  # any text might be one that a small alphabet cannot spell
     return (first[0],) if first and first[0] == tokenizer.bos_token_id else ()
 
 

@@ -34,6 +34,31 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
+def check_own_tokens(
+    model_config: ModelConfig, tokenizer_config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError where the recipe gives a model on the disk or the hub other tokens than it was trained on: every
+    one of its own must be there under its own number. A model without a tokenizer of its own takes any."""
+    if model_config.path is None or (tokenizer_config.build is None and tokenizer_config.path is None):
+        return
+    try:
+        own = load_tokenizer(model_config, TokenizerConfig()).get_vocab()
+    except ValueError:
+        return
+    given = tokenizer.get_vocab()
+    other = next((token for token, number in sorted(own.items()) if given.get(token) != number), None)
+    if other is not None:
+        key = (
+            "tokenizer.build"
+            if tokenizer_config.build is not None
+            else f"tokenizer.path={tokenizer_config.path}"
+        )
+        raise ValueError(
+            f"{key}: the model at {model_config.path} was trained on other tokens ({other!r} is number {own[other]} there and "
+            f"{given.get(other, 'missing')} here), so that it would read nonsense; leave tokenizer out to take the model's own"
+        )
+
+
 def load_tokenizer(model_config: ModelConfig, tokenizer_config: TokenizerConfig) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer: built, from `tokenizer.path`, or the model's own. A missing pad token becomes
     the end token: masks come from lengths, so nothing changes. Raises ValueError where there is none, or none

@@ -290,6 +290,9 @@ def _wrong(node: Node, path: PathKey, found: list[dict]) -> Problem:
         return place.problem(_line(str(found[0]["ctx"]["error"])))
     if at is not None and at.value is None:
         return place.problem("is empty", _about(path) or "remove the line or give it a value")
+    if found[0]["loc"][-1] == "[key]":  # pydantic's, of a dictionary whose keys are a choice
+        message = f"{path[-1]} is not {rule(found[0])}"
+        return place.problem(message, _nearest_choice(Node(path[-1], place), found))
     message = f"{_show(node, path)} is not {' or '.join(dict.fromkeys(map(rule, found)))}"
     return place.problem(message, _nearest_choice(at, found) or _about(path))
 

@@ -34,7 +34,7 @@ from rlhf.checkpoint import Checkpoint, CheckpointError, check_space, find_check
 from rlhf.console import Console
 from rlhf.data import num_steps, rows_from
 from rlhf.faults import fault_point
-from rlhf.models import load_tokenizer
+from rlhf.models import check_own_tokens, load_tokenizer
 from rlhf.recipe import rules
 from rlhf.recipe.load import Plan, dump_plan
 from rlhf.recipe.outputs import resolve_outputs, start_stage
@@ -213,6 +213,8 @@ def _run_stage(run: _Run, place: _Place, offset: int, checkpoint: Checkpoint | N
     """Run one stage, after `offset` steps of the run, to its end and write its model. Returns its number of steps."""
     recipe, tracker = place.recipe, run.tracker
     tokenizer = run.objects.tokenizer or load_tokenizer(recipe.model, recipe.tokenizer)
+    if run.objects.tokenizer is None:
+        check_own_tokens(recipe.model, recipe.tokenizer, tokenizer)
     data = load_datasets(recipe, tokenizer, run.objects)
     total_steps = _num_steps(recipe, data)
     tracker.begin_stage(

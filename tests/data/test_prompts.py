@@ -410,3 +410,12 @@ def test_a_damaged_line_is_a_bad_row(tokenizer: Any, tmp_path: Path) -> None:
     )
     assert [(p.id, p.text) for p in data] == [("train/0", "a"), ("train/4", "b")]
     assert data.counts["bad_rows"] == 3
+
+
+def test_an_alphabet_may_lack_any_character(tmp_path: Path) -> None:
+    """Would catch: a text of our own that the tokenizer is asked for and that its alphabet cannot spell."""
+    tokenizer = build_tokenizer(BuildTokenizerConfig(alphabet="ab"))
+    config = DatasetConfig(path="in-memory", response_column="response")
+    rows = [{"prompt": "ab", "response": "ba"}]
+    (example,) = load_sft(config, tokenizer, name="train", max_context=64, rows=rows)
+    assert tokenizer.decode(example.prompt_ids) == "ab"

@@ -596,3 +596,11 @@ def test_a_stage_that_is_not_there_and_sections_that_differ_are_one_report(write
     wrong = STAGED + "    run: {seed: 5}\n    model: {path: 'stage:warmupp'}\n"
     messages = " ".join(p.message for p in problems(write(wrong)))
     assert "share `run`" in messages and "no earlier stage 'warmupp'" in messages
+
+
+def test_a_misspelt_key_of_a_choice_is_named(write):
+    """Would catch: a value blamed for the name of the loss beside it."""
+    (found,) = [
+        p for p in problems(write(VALID), "method=dpo", "preference.losses={dop: 1}") if "losses" in str(p)
+    ]
+    assert "dop is not one of dpo, robust" in str(found) and "did you mean dpo?" in str(found)

@@ -80,3 +80,12 @@ def test_a_falling_evaluation_warns_only_while_the_training_reward_rises():
     assert len(said([0.2, 0.4, 0.6, 0.8], [0.5, 0.6, 0.5, 0.4])) == 1
     assert not said([0.2, 0.4, 0.6, 0.8], [0.5, 0.6, 0.58, 0.57])
     assert not said([0.8, 0.6, 0.4, 0.2], [0.5, 0.6, 0.5, 0.4])
+
+
+def test_chosen_answers_that_are_left_are_said_once():
+    """Would catch: DPO that pushes both answers away, of which held-out pairs say nothing; a warning at every sway."""
+    watch = MetricWatch()
+    said = [watch.update({"dpo/logprob_chosen": value}) for value in (-0.4, -2.0, -0.3, -2.9, -4.0)]
+    assert [bool(s) for s in said] == [False, False, False, True, False]
+    assert "the chosen answers were at -0.4" in said[3][0]
+    assert not any(MetricWatch().update({"dpo/logprob_chosen": value}) for value in (-100.0, -150.0))

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 
-from rlhf.models import build_model, build_tokenizer, save_model
+from rlhf.models import build_model, build_tokenizer, check_own_tokens, save_model
 from rlhf.process import ProcessInfo
 from rlhf.recipe.load import plan_from_dict
-from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig
+from rlhf.recipe.schema import BuildModelConfig, BuildTokenizerConfig, ModelConfig, TokenizerConfig
 from rlhf.trainers.worker import Worker
 from tests.e2e.running import TINY
 
@@ -57,3 +57,17 @@ def test_a_model_with_its_tokens_in_another_order_is_refused(role: str, tmp_path
 def test_a_critic_with_the_same_tokens_is_taken(tmp_path) -> None:
     """Would catch: a check that refuses what belongs together."""
     worker_with("critic", folder_with(ALPHABET, tmp_path / "same")).close()
+
+
+def test_the_trained_model_keeps_its_own_tokens(tmp_path) -> None:
+    """Would catch: a model that is given a tokenizer of other numbers, and learns from nonsense to the end."""
+    model = ModelConfig(path=folder_with(ALPHABET, tmp_path / "model"))
+    for build, fits in ((ALPHABET, True), (ALPHABET + "~", True), (ALPHABET[::-1], False)):
+        config = TokenizerConfig(build=BuildTokenizerConfig(alphabet=build))
+        tokenizer = build_tokenizer(config.build)
+        if fits:
+            check_own_tokens(model, config, tokenizer)
+            continue
+        with pytest.raises(ValueError, match="tokenizer.build: the model at .* was trained on other tokens"):
+            check_own_tokens(model, config, tokenizer)
+    check_own_tokens(model, TokenizerConfig(), build_tokenizer(BuildTokenizerConfig(alphabet="ab")))
