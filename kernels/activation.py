@@ -1,10 +1,10 @@
-"""SiLU, tanh-GELU and SwiGLU whose values do not depend on where in a tensor an element lies.
+"""SiLU, tanh-GELU, SwiGLU and GeGLU whose values do not depend on where in a tensor an element lies.
 
 torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a
 row's result depends on how many rows there are. Here they are composed of operations that do not (exp and
 tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
 remainder, and on CUDA, the fused kernels run. The backward is always the fused one. SwiGLU has a form in C++,
-activation.cpp, and one in Triton, activation_triton.py; they keep nothing but its two inputs for the backward.
+activation.cpp, and both have one in Triton, activation_triton.py; they keep nothing but its two inputs for the backward.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape")
+    _check_alike(gate, up)
     one_pass = _is_native(gate, up) or gpu.serves(gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up) if one_pass else silu(gate) * up
@@ -50,6 +49,21 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     hidden = silu(gate)
     with serial(hidden.numel()):
         return hidden.mul_(up)
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gelu_tanh(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
+    _check_alike(gate, up)
+    if not gpu.serves(gate, up):
+        return gelu_tanh(gate) * up
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GeGLU.apply(gate, up)
+    return _triton().gated(_rows(gate), _rows(up), gelu=True).view(gate.shape)
+
+
+def _check_alike(gate: torch.Tensor, up: torch.Tensor) -> None:
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +115,20 @@ class _SwiGLU(torch.autograd.Function):
         run = native.function("activation", "swiglu_backward", "pppppiiiiii")
         run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))
         return to_gate, to_up
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _triton().gated(_rows(gate), _rows(up), gelu=True).view(gate.shape)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gate, up = ctx.saved_tensors
+        found = _triton().gradients(_rows(gate), _rows(up), grad.contiguous(), gelu=True)
+        return tuple(d.view(gate.shape) for d in found)
 
 
 def _has_no_remainder(x: torch.Tensor) -> bool:

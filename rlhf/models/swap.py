@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from rlhf.kernels.activation import gelu_tanh, silu, swiglu
+from rlhf.kernels.activation import geglu, gelu_tanh, silu, swiglu
 from rlhf.kernels.linear import PackedWeight
 from rlhf.kernels.norm import rms_norm, stock_form
 from rlhf.kernels.rotary import rotate
@@ -54,7 +54,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class GatedGeluMLP(nn.Module):
+    """Gemma's MLP, with tanh-GELU. Made by `swap_modules` from a module that computes the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
 ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh: InvariantGeluTanh}
+_GATED_BY = {InvariantSilu: GatedMLP, InvariantGeluTanh: GatedGeluMLP}
 
 
 def swap_modules(model: nn.Module) -> int:
@@ -84,8 +92,8 @@ def _ours(module: nn.Module) -> type:
         return ACTIVATIONS[kind]
     if kind.__name__.endswith("RMSNorm") and _is_rms_norm(module):
         return FastRMSNorm
-    if _is_gated_mlp(module):
-        return GatedMLP
+    if (gated := _gated_mlp(module)) is not None:
+        return gated
     return _with_our_rotation(kind)
 
 
@@ -112,14 +120,13 @@ def _is_rms_norm(norm: nn.Module) -> bool:
     return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-def _is_gated_mlp(mlp: nn.Module) -> bool:
-    """Whether a module's forward is `GatedMLP`'s: asked of one with small linears of its own."""
-    if (
-        set(mlp._modules) != _GATED
-        or mlp._parameters
-        or ACTIVATIONS.get(type(mlp.act_fn)) is not InvariantSilu
-    ):
-        return False
+def _gated_mlp(mlp: nn.Module) -> type | None:
+    """The class of ours that has a module's forward, if any: asked of one with small linears of its own."""
+    if set(mlp._modules) != _GATED or mlp._parameters:
+        return None
+    ours = _GATED_BY.get(ACTIVATIONS.get(type(mlp.act_fn)))
+    if ours is None:
+        return None
     generator = torch.Generator().manual_seed(0)
     stand_in = type(mlp).__new__(type(mlp))
     stand_in.__dict__.update({k: v for k, v in mlp.__dict__.items() if k != "_modules"}, _modules={})
@@ -131,9 +138,9 @@ def _is_gated_mlp(mlp: nn.Module) -> bool:
     x = torch.randn((3, 4), generator=generator)
     try:
         with torch.no_grad():
-            return _same(GatedMLP.forward(stand_in, x), stand_in.forward(x))
+            return ours if _same(ours.forward(stand_in, x), stand_in.forward(x)) else None
     except (AttributeError, TypeError, RuntimeError):  # it wants more than a gated MLP has
-        return False
+        return None
 
 
 @functools.cache

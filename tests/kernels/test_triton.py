@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = {
     "test_norm.py": "stock_module or refused or addition or heads_beside or one_number",
     "test_rotary.py": "values or refused or in_place or apart",
-    "test_activation.py": "swiglu_values or swiglu_keeps or unlike",
+    "test_activation.py": "geglu_values or swiglu_keeps or unlike",
     "test_attention.py": "(head_size_in_fp32 and 96 and sinks) or (groups_and_bf16 and dtype1) or sinks_alone or far_apart or segments",
 }
 

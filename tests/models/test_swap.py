@@ -8,15 +8,15 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.models import swap
-from rlhf.models.swap import GatedMLP, swap_modules
+from rlhf.models.swap import GatedGeluMLP, GatedMLP, swap_modules
 
-# which of rotation and MLP our form takes over: GPT-NeoX rotates a part of each head, Gemma's MLP has tanh-GELU
+# which of rotation and MLP our form takes over: GPT-NeoX rotates a part of each head, and its MLP has no gate
 SWAPPED = {
     "llama": (True, True),
     "qwen2": (True, True),
     "qwen3": (True, True),
     "mistral": (True, True),
-    "gemma2": (True, False),
+    "gemma2": (True, True),
     "gpt_neox": (True, False),
 }
 
@@ -55,7 +55,7 @@ def test_what_is_swapped(name, stock, monkeypatch):
     rotates, gated = SWAPPED[name]
     for attention, kind in zip(attentions(model), kinds):
         assert isinstance(attention, kind) and (type(attention) is not kind) == rotates
-    assert any(isinstance(m, GatedMLP) for m in model.modules()) == gated
+    assert any(isinstance(m, (GatedMLP, GatedGeluMLP)) for m in model.modules()) == gated
     called = []
     rotated = swap._rotated
     monkeypatch.setattr(swap, "_rotated", lambda *args: called.append(1) or rotated(*args))
@@ -110,7 +110,7 @@ def test_an_mlp_is_tried_and_not_taken_by_its_names():
 
     both = torch.nn.Sequential(LlamaMLP(Config()), LlamaMLP(Tanh()))
     swap_modules(both)
-    assert [type(m) for m in both] == [GatedMLP, LlamaMLP]
+    assert [type(m) for m in both] == [GatedMLP, GatedGeluMLP]
 
     for kind, wanted in ((LlamaMLP, GatedMLP), (Shifted, Shifted), (Wanting, Wanting)):
         model = torch.nn.Sequential(kind(Config()))
