@@ -168,6 +168,7 @@ def test_the_mathematics_names_no_heavy_library():
 def test_kernels_rollout_and_the_mathematics_import_without_the_heavy_libraries():
     """Catches: an engine that cannot be used on a machine with torch and transformers only."""
     modules = [module_of(p) for p in SOURCES if any(within(module_of(p), m) for m in MATHEMATICS)]
+    modules = [m for m in modules if not m.endswith("_triton")]  # imported where there is triton
     code = (
         f"import sys, importlib\nfor name in {HEAVY!r}: sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
@@ -318,7 +319,7 @@ def test_the_constraints_pin_every_dependency():
     assert all(
         re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; python_version (<|>=) \"3\.11\")?", line) for line in lines
     )
-    assert set(names) <= pinned
+    assert set(names) - {"triton"} <= pinned  # that one a GPU build of torch pins itself
 
 
 @pytest.fixture
