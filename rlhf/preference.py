@@ -512,13 +512,13 @@ def pair_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, rejected
 
 
-@torch.no_grad()
 def compares_means(losses: Iterable[str]) -> bool:
     """Whether responses are compared by means over their tokens, not by sums: where all losses that compare do so."""
     comparing = set(losses) - {"sft"}
     return comparing <= PER_TOKEN
 
 
+@torch.no_grad()
 def _pair_sums(pairs: Pairs, settings: PreferenceSettings) -> Sums:
     if set(settings.losses) <= REFERENCE_FREE:
         reward_w, reward_l = pairs.logprob_w, pairs.logprob_l

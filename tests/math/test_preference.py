@@ -362,6 +362,7 @@ def test_metrics_are_those_of_the_pairs(random_batch) -> None:
     assert sums["dpo/reward_chosen"].item() == pytest.approx(sum(BETA * won.rho.item() for won, _ in rows))
     assert sums["dpo/logprob_rejected"].item() == pytest.approx(sum(lost.p.item() for _, lost in rows))
     assert sums["dpo/accuracy"].item() == sum(float(won.rho > lost.rho) for won, lost in rows)
+    assert not any(value.requires_grad for value in sums.values())  # they would keep the step's graph alive
     _, sums = preference_loss(batch, logprobs, _settings("simpo"))
     assert sums["dpo/reward_chosen"].item() == pytest.approx(
         sum(BETA * won.p.item() / won.n for won, _ in rows)
