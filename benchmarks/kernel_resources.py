@@ -43,13 +43,7 @@ MAY_SPILL = {
         "the sums of a segment and of the context are held at once, and a few addresses find no register",
     ),
 }
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-}
+_TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 

@@ -10,7 +10,6 @@ activation.cpp, and both have one in Triton, activation_triton.py; they keep not
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,11 +40,13 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
     _check_alike(gate, up)
-    one_pass = _is_native(gate, up) or gpu.serves(gate, up)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up) if one_pass else silu(gate) * up
-    if one_pass:
-        return _swiglu(gate, up)
+    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if native.serves("activation", gate.shape[-1], gate, up):
+        return _SwiGLU.apply(gate, up) if needs_grad else _swiglu_native(gate, up)
+    if gpu.serves(gate, up):
+        return _Gated.apply(gate, up, False)
+    if needs_grad:
+        return silu(gate) * up
     hidden = silu(gate)
     with serial(hidden.numel()):
         return hidden.mul_(up)
@@ -54,11 +55,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gelu_tanh(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
     _check_alike(gate, up)
-    if not gpu.serves(gate, up):
-        return gelu_tanh(gate) * up
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _GeGLU.apply(gate, up)
-    return _triton().gated(_rows(gate), _rows(up), gelu=True).view(gate.shape)
+    return _Gated.apply(gate, up, True) if gpu.serves(gate, up) else gelu_tanh(gate) * up
 
 
 def _check_alike(gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -72,24 +69,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _is_native(gate: torch.Tensor, up: torch.Tensor) -> bool:
-    return native.serves("activation", gate.shape[-1], gate, up)
-
-
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     g, u = _rows(gate), _rows(up)
-    if not _is_native(gate, up):
-        return _triton().gated(g, u, gelu=False).view(gate.shape)
     out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
     run = native.function("activation", "swiglu_forward", "pppiiiiii")
     run(*(t.data_ptr() for t in (g, u, out)), *_layout(g, u))
     return out
-
-
-def _triton() -> ModuleType:
-    from rlhf.kernels import activation_triton
-
-    return activation_triton
 
 
 def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
@@ -102,33 +87,38 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
+        return _swiglu_native(gate, up)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         g, u, grad = _rows(gate), _rows(up), grad.contiguous()
-        if not _is_native(gate, up):
-            return tuple(d.view(gate.shape) for d in _triton().gradients(g, u, grad, gelu=False))
         to_gate, to_up = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (gate, up))
         run = native.function("activation", "swiglu_backward", "pppppiiiiii")
         run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))
         return to_gate, to_up
 
 
-class _GeGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
+    """SwiGLU or GeGLU in Triton."""
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        from rlhf.kernels import activation_triton
+
         ctx.save_for_backward(gate, up)
-        return _triton().gated(_rows(gate), _rows(up), gelu=True).view(gate.shape)
+        ctx.gelu = gelu
+        return activation_triton.gated(_rows(gate), _rows(up), gelu=gelu).view(gate.shape)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from rlhf.kernels import activation_triton
+
         gate, up = ctx.saved_tensors
-        found = _triton().gradients(_rows(gate), _rows(up), grad.contiguous(), gelu=True)
-        return tuple(d.view(gate.shape) for d in found)
+        found = activation_triton.gradients(_rows(gate), _rows(up), grad.contiguous(), gelu=ctx.gelu)
+        return *(d.view(gate.shape) for d in found), None
 
 
 def _has_no_remainder(x: torch.Tensor) -> bool:

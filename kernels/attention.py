@@ -365,7 +365,7 @@ def attend_packed(
     if is_native(q, k, v, softcap):
         return _attend_native(q, k, v, plan, scale, window, sinks)
     if _is_triton(q, k, v):
-        return _attend_triton(q, k, v, plan, scale, window, softcap, sinks)[0]
+        return _attend_triton(q, k, v, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)[0]
     table, token_rows = _table(q)
     layout = plan.layout(k.shape[1], group, window, token_rows)
     return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
@@ -461,7 +461,8 @@ def attend_paged(
     if is_native(q, k_pages, v_pages, softcap):
         return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks)
     if _is_triton(q, k_pages, v_pages):
-        return _attend_triton(q, k_pages, v_pages, plan, scale, window, softcap, sinks)[0]
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return _attend_triton(q, k_pages, v_pages, plan, **options)[0]
     with torch.no_grad():
         table, token_rows = _table(q)
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
@@ -711,26 +712,23 @@ def _attend_triton(
     k: torch.Tensor,
     v: torch.Tensor,
     plan: Plan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    *,
     share_out: bool = True,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result; and without `share_out` what the backward wants to know of every row's sum."""
+    """The result; and without `share_out` what the backward wants to know of every row's sum. `options`: scale, window,
+    softcap and sinks."""
     from rlhf.kernels import attention_triton
 
     if plan.page_table is None:
         k, v = heads_together(k), heads_together(v)
-    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "share_out": share_out}
-    return attention_triton.forward(heads_together(q), k, v, plan, **options)
+    return attention_triton.forward(heads_together(q), k, v, plan, share_out=share_out, **options)
 
 
 def _gradients_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sinks: torch.Tensor | None,
     out: torch.Tensor,
     logs: torch.Tensor,
     grad: torch.Tensor,
@@ -740,7 +738,7 @@ def _gradients_triton(
     from rlhf.kernels import attention_triton
 
     q, k, v = map(heads_together, (q, k, v))
-    return attention_triton.gradients(q, k, v, out, logs, grad, plan, sinks=sinks, **options)
+    return attention_triton.gradients(q, k, v, out, logs, grad, plan, **options)
 
 
 # -- the torch form ----------------------------------------------------------------------------------------------
@@ -807,7 +805,8 @@ class _PackedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
         if not is_native(q, k, v, softcap) and _is_triton(q, k, v):
-            out, logs = _attend_triton(q, k, v, plan, scale, window, softcap, sinks, share_out=False)
+            options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+            out, logs = _attend_triton(q, k, v, plan, share_out=False, **options)
             ctx.save_for_backward(q, k, v, sinks, out, logs)
             return out
         ctx.save_for_backward(q, k, v, sinks)
@@ -822,8 +821,8 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, sinks, *of_triton = ctx.saved_tensors
         if of_triton:
-            options = {"scale": ctx.scale, "window": ctx.window, "softcap": ctx.softcap}
-            of_inputs = _gradients_triton(q, k, v, sinks, *of_triton, grad, ctx.plan, **options)
+            options = {"scale": ctx.scale, "window": ctx.window, "softcap": ctx.softcap, "sinks": sinks}
+            of_inputs = _gradients_triton(q, k, v, *of_triton, grad, ctx.plan, **options)
             return *of_inputs, None, None, None, None
         if is_native(q, k, v, ctx.softcap):
             of_inputs = _gradients_native(q, k, v, grad, ctx.plan, ctx.scale, ctx.window, sinks)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SEGMENT = 256
 _WARPS = 8
 _FEW_QUERIES = 8  # of a sequence: then segments are shared out
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # -- in all kernels ------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def _merged(m, total, acc, m_more, total_more, acc_more):
 def _finished(m, total, acc, sinks, head, valid, SINKS: tl.constexpr):
     # the row's output, and the base 2 logarithm of its sum, the sink in it
     if SINKS:
-        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
         m, total, acc = _merged(m, total, acc, sink, tl.full(m.shape, 1.0, tl.float32), tl.zeros_like(acc))
     total = tl.where(valid, total, 1.0)
     return acc / total[:, None], m + tl.log2(total)
@@ -53,11 +54,21 @@ def _finished(m, total, acc, sinks, head, valid, SINKS: tl.constexpr):
 
 @triton.jit
 def _rows_of(item, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    # of a tile: token, head within the group, position, whether it is one at all
+    # of a program's tile: token, head, position, whether it is one at all
     token, count, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     row = tl.arange(0, ROWS)
     query = row // GROUP
-    return (token + query).to(tl.int64), row % GROUP, position + query, query < count
+    head = tl.program_id(1) * GROUP + row % GROUP
+    return (token + query).to(tl.int64), head, position + query, query < count
+
+
+@triton.jit
+def _sees(at, position, window, WINDOW: tl.constexpr):
+    # whether the query at a position sees the key at another
+    sees = at <= position
+    if WINDOW:
+        sees &= at > position - window
+    return sees
 
 
 @triton.jit
@@ -84,13 +95,13 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     slope = tl.full(s.shape, 1.0, tl.float32)
     if SOFTCAP:
         s = s * scale
-        e = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(s / softcap))
+        e = tl.exp2(-2.0 * _LOG2E * tl.abs(s / softcap))
         t = (1.0 - e) / (1.0 + e)
         t = tl.where(s < 0, -t, t)
-        s = softcap * t * 1.4426950408889634
+        s = softcap * t * _LOG2E
         slope = 1.0 - t * t
     else:
-        s = s * (scale * 1.4426950408889634)
+        s = s * (scale * _LOG2E)
     return s, slope
 
 
@@ -116,9 +127,7 @@ def _segment(
         )
         kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
         s, _ = _scores(q, kt, scale, softcap, SOFTCAP)
-        seen = there[None, :] & valid[:, None] & (at[None, :] <= position[:, None])
-        if WINDOW:
-            seen &= at[None, :] > (position - window)[:, None]
+        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
         s = tl.where(seen, s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(top == float("-inf"), 0.0, top)
@@ -146,10 +155,9 @@ def _forward(
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
-    token, in_group, position, valid = _rows_of(item, GROUP, ROWS)
+    token, head, position, valid = _rows_of(item, GROUP, ROWS)
     seq = seqs + tl.load(item + 3) * 8
     first, end = tl.load(item + 4), tl.load(item + 5)
-    head = kv_head * GROUP + in_group
     d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
     q_at = token * q_token + head * dim
     a = tl.load(q + q_at[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0)
@@ -183,8 +191,7 @@ def _join(
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
-    token, in_group, _, valid = _rows_of(item, GROUP, ROWS)
-    head = kv_head * GROUP + in_group
+    token, head, _, valid = _rows_of(item, GROUP, ROWS)
     dv = tl.arange(0, V_DIM)
     inside = valid[:, None] & (dv < v_dim)[None, :]
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -213,10 +220,9 @@ def _grad_q(
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
-    token, in_group, position, valid = _rows_of(item, GROUP, ROWS)
+    token, head, position, valid = _rows_of(item, GROUP, ROWS)
     seq = seqs + tl.load(item + 3) * 8
     first, end = tl.load(item + 4), tl.load(item + 5)
-    head = kv_head * GROUP + in_group
     d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
     q_inside, v_inside = valid[:, None] & (d < dim)[None, :], valid[:, None] & (dv < v_dim)[None, :]
     a = tl.load(q + (token * q_token + head * dim)[:, None] + d[None, :], mask=q_inside, other=0.0)
@@ -232,9 +238,7 @@ def _grad_q(
         kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
         vt = tl.load(v + v_at[None, :] + dv[:, None], mask=there[None, :] & (dv < v_dim)[:, None], other=0.0)
         s, slope = _scores(a, kt, scale, softcap, SOFTCAP)
-        seen = there[None, :] & valid[:, None] & (at[None, :] <= position[:, None])
-        if WINDOW:
-            seen &= at[None, :] > (position - window)[:, None]
+        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
         p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
         ds = p * (tl.dot(g, vt, input_precision="ieee") - less[:, None]) * slope
         total = tl.dot(ds.to(kt.dtype), tl.trans(kt), total, input_precision="ieee")
@@ -296,9 +300,7 @@ def _grad_kv(
             log = tl.load(logs + token * heads + head, mask=valid, other=0.0)
             less = tl.load(delta + token * heads + head, mask=valid, other=0.0)
             s, slope = _scores(b, tl.trans(a), scale, softcap, SOFTCAP)
-            seen = seen_key[:, None] & valid[None, :] & (at[:, None] <= position[None, :])
-            if WINDOW:
-                seen &= at[:, None] > (position - window)[None, :]
+            seen = seen_key[:, None] & valid[None, :] & _sees(at[:, None], position[None, :], window, WINDOW)
             p = tl.where(seen, tl.exp2(s - log[None, :]), 0.0)
             total_v = tl.dot(p.to(g.dtype), g, total_v, input_precision="ieee")
             ds = p * (tl.dot(c, tl.trans(g), input_precision="ieee") - less[None, :]) * slope
@@ -494,5 +496,5 @@ def gradients(
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
-    share = torch.exp2(sinks.float() * 1.4426950408889634 - logs)
+    share = torch.exp2(sinks.float() * _LOG2E.value - logs)
     return dq, dk, dv, -(share * delta).sum(0).to(sinks.dtype)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf.kl import kl_k1
+from rlhf.recipe.rules import OF_A_GROUP
 from rlhf.records import Batch
 from rlhf.settings import bind
 
@@ -161,11 +162,6 @@ ADVANTAGES = {
     "remax": _remax,
 }
 
-OF_A_GROUP = frozenset(
-    {"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"}
-)  # compare a response with its group's others
-OF_A_RESPONSE = OF_A_GROUP | {"remax"}  # one number for all tokens of a response
-
 
 def with_advantages(batch: Batch, settings: Any) -> Batch:
     """The batch with `advantages` (B, T) fp32 by the estimator `settings.advantage`, 0 outside `response_mask`.
@@ -304,7 +300,11 @@ def advantage_metrics(batch: Batch, settings: Any, *, rewarded: bool = True) -> 
         flat, total = zero_std_groups(sequence_rewards(batch, **_shaping(settings)), batch.group_ids)
         metrics["reward/groups_zero_std_frac"] = flat / total
     values = batch.advantages[batch.loss_mask].double()
-    if batch.returns is None and settings.advantage in OF_A_RESPONSE and not settings.whiten_advantages:
+    if (
+        batch.returns is None
+        and settings.advantage in (*OF_A_GROUP, "remax")
+        and not settings.whiten_advantages
+    ):
         counts = batch.loss_mask.sum(-1)
         sums = torch.where(batch.loss_mask, batch.advantages, 0.0).double().sum(-1)
         values = sums[counts > 0] / counts[counts > 0]

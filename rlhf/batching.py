@@ -90,8 +90,8 @@ def make_batch(
     `loss_mask` is `response_mask` without the rows that `why_masked` names; such a row stays (its reward
     still counts in its group's baseline, if there is one) but not in `num_loss_sequences`; without `needs_reward`
     a missing reward is no reason to mask. A missing reward is NaN, a log-prob that is not finite becomes 0. Rows with a
-    reward above `correct_above`, the penalty on their length aside, are `right`; with None that is left open. Raises ValueError for no rollouts, an empty
-    prompt, or another number of group ids.
+    reward above `correct_above`, the penalty on their length aside, are `right`; with None that is left open. Raises
+    ValueError for no rollouts, an empty prompt, or another number of group ids.
     """
     if len(group_ids) != len(rollouts):
         raise ValueError(f"{len(group_ids)} group_ids for {len(rollouts)} rollouts; give one number for each")

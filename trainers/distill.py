@@ -13,7 +13,7 @@ from rlhf import rng
 from rlhf.batching import make_batch, make_sft_batch
 from rlhf.divergence import distill_advantages
 from rlhf.records import Batch
-from rlhf.trainers.evaluate import flatten
+from rlhf.trainers.evaluate import flatten, group_numbers
 from rlhf.trainers.stage import Stage
 
 
@@ -25,7 +25,7 @@ def train_distill(stage: Stage) -> None:
         if rng.generator(stage.recipe.run.seed, "on-policy step", step).random() < d.on_policy_frac:
             groups = stage.generate(stage.next_rows(stage.prompt_data), step)
             rollouts = flatten(groups)
-            group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
+            group_ids = group_numbers(groups)
             batch = make_batch(rollouts, group_ids=group_ids, needs_reward=False)
         else:
             batch = make_sft_batch(stage.next_rows())

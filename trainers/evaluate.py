@@ -93,8 +93,8 @@ def evaluate_pairs(name: str, pairs: Any, stage: Stage) -> dict[str, float]:
     """How often the chosen answer scores higher than the rejected one, with a 95 % interval, and by how much.
 
     The score is a reward model's, or for a policy beta times its log-ratio to the reference (its log-prob where nothing
-    compares with a reference), summed or per token as its losses compare; sft has the mean log-prob per token. `eval/<name>/{accuracy,accuracy_low,accuracy_high,margin}`; equal scores
-    count half.
+    compares with a reference), summed or per token as its losses compare; sft has the mean log-prob per token.
+    `eval/<name>/{accuracy,accuracy_low,accuracy_high,margin}`; equal scores count half.
     """
     scores = []
     for batch in in_batches(pairs, make_preference_batch):
@@ -126,6 +126,11 @@ def _scores(stage: Stage, batch: Batch) -> torch.Tensor:
             beta, means = settings.beta, recipe.method == "sft" or compares_means(settings.losses)
         scores = beta * (scores / sequence_lengths(batch.loss_mask) if means else scores)
     return (scores[0::2] - scores[1::2]).float()
+
+
+def group_numbers(groups: Sequence[RolloutGroup]) -> list[int]:
+    """For every rollout of `flatten`, which of the groups it is of."""
+    return [number for number, group in enumerate(groups) for _ in group.rollouts]
 
 
 def flatten(groups: Sequence[RolloutGroup]) -> list[Rollout]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rlhf.advantages import with_advantages
 from rlhf.batching import make_batch
-from rlhf.trainers.evaluate import flatten
+from rlhf.trainers.evaluate import flatten, group_numbers
 from rlhf.trainers.rounds import scored_groups
 from rlhf.trainers.stage import Stage
 
@@ -21,7 +21,7 @@ def train_grpo(stage: Stage) -> None:
         fresh = scored_groups(stage, step)
         groups = [*fresh, *stage.replayed(fresh, step)]
         rollouts = flatten(groups)
-        group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
+        group_ids = group_numbers(groups)
         batch = make_batch(
             rollouts,
             group_ids=group_ids,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rlhf.advantages import with_gae
 from rlhf.batching import make_batch
-from rlhf.trainers.evaluate import flatten
+from rlhf.trainers.evaluate import flatten, group_numbers
 from rlhf.trainers.stage import Stage
 
 
@@ -20,7 +20,7 @@ def train_ppo(stage: Stage) -> None:
     for step in stage.steps():
         groups = stage.generate(stage.next_rows(), step)
         rollouts = stage.reward(flatten(groups))
-        group_ids = [i for i, group in enumerate(groups) for _ in group.rollouts]
+        group_ids = group_numbers(groups)
         batch = make_batch(
             rollouts, group_ids=group_ids, mask_truncated=a.mask_truncated, correct_above=a.correct_above
         )

@@ -32,8 +32,8 @@ class ChainArithmetic(Section):
 
     Every row can also serve as a preference, a judged answer or judged steps. `chosen` is the worked answer, and
     `rejected` is by turns a wrong guess and an answer with a slip in one of its steps, which the later ones carry on
-    (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two, and `label` (true, false) and `verdict` (`+`, `-`) say whether it is right. `completions`
-    are the steps of the worked answer or of the one with the slip, to be separated by a space, and `labels` whether the
+    (`7+5=13 13-3=10 10+9=19####19`). `judged` is one of the two, and `label` (true, false) and `verdict`
+    (`+`, `-`) say whether it is right. `completions` are the steps of the worked answer or of the one with the slip, to be separated by a space, and `labels` whether the
     working is right so far.
 
     The splits are disjoint: a hash of the chain alone, the same under every seed, puts a tenth of all chains

@@ -211,19 +211,22 @@ def _source(config: DatasetConfig) -> str:
 def _rewards(recipe: Recipe) -> Iterator[tuple[Key, Sequence[RewardConfig], Callable[[Key], bool]]]:
     """Each list of reward functions, with which datasets' rows it sees."""
     own = recipe.evaluation.reward
-    yield ("reward",), recipe.reward, lambda key: _is_scored(recipe, key, evaluation=own is None)
+
+    def of_evaluations(key: Key) -> bool:
+        return key[:2] == ("evaluation", "sets")
+
+    yield (
+        ("reward",),
+        recipe.reward,
+        lambda key: _is_sampled(recipe, key) or own is None and of_evaluations(key),
+    )
     if own is not None:
-        yield ("evaluation", "reward"), own, _is_evaluated
+        yield ("evaluation", "reward"), own, of_evaluations
 
 
-def _is_evaluated(key: Key) -> bool:
-    return key[:2] == ("evaluation", "sets")
-
-
-def _is_scored(recipe: Recipe, key: Key, *, evaluation: bool = True) -> bool:
-    """Whether the training's reward functions see a dataset's rows; `evaluation`: also those of evaluations."""
-    samples = recipe.method in SAMPLING
-    return evaluation and _is_evaluated(key) or (key in recipe.training_data and samples)
+def _is_sampled(recipe: Recipe, key: Key) -> bool:
+    """Whether a dataset's rows are prompts of the samples that are learned from."""
+    return key in recipe.training_data and recipe.method in SAMPLING
 
 
 # ------------------------------------------------------------------------------------------------------ lengths, numbers
@@ -244,7 +247,7 @@ def _length_faults(recipe: Recipe, given: Given) -> Iterator[Fault]:
     response = recipe.rollout.max_response_tokens
     prompt = recipe.data.max_prompt_tokens
     is_chosen = prompt != DatasetConfig.model_fields["max_prompt_tokens"].default
-    if is_chosen and _is_scored(recipe, ("data",)) and response < context < prompt + response:
+    if is_chosen and _is_sampled(recipe, ("data",)) and response < context < prompt + response:
         message = f"max_prompt_tokens={prompt} and rollout.max_response_tokens={response} are more than the model's context of {context} tokens"
         keys: tuple[Key, ...] = (("data", "max_prompt_tokens"), ("rollout", "max_response_tokens"), key)
         yield Fault(keys, message, f"there is room for prompts of {context - response}")

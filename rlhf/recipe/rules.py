@@ -40,6 +40,12 @@ OF_THE_GAP = frozenset(
     {"dpo", "robust", "hinge", "exo_pair", "discopop"}
 )  # of score_w - score_l alone: f-divergences
 SAMPLING = ("grpo", "ppo", "online_dpo", "rejection")  # methods that learn from rewarded samples
+OF_A_GROUP = (
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp_baseline",
+)  # advantages that compare a group's responses
 OF_A_RESPONSE = ("gspo", "gmpo")  # objectives with one ratio, and so one advantage, for a whole response
 WITHOUT_BETA = frozenset({"orpo", "sft"})
 # What clips (below, above) and corrections (low, high) are where a recipe leaves them open. Papers: rlhf.objectives, and
@@ -333,7 +339,7 @@ def _judge(r: Recipe) -> Iterator[Inconsistency]:
 
 def _groups_of_responses(r: Recipe) -> Iterator[Inconsistency]:
     size, a = r.rollout.group_size, r.algorithm
-    group_based = r.method == "grpo" and a.advantage in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+    group_based = r.method == "grpo" and a.advantage in OF_A_GROUP
     if group_based and size < 2:
         message = f"group_size={size} gives every response zero advantage; use group_size >= 2"
         yield ("rollout.group_size", "method", "algorithm.advantage"), message

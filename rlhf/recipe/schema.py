@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from rlhf.recipe import rules
 
+_INHERITED = "(null takes out what a stage or a file inherits)"
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -105,9 +106,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if self.path is not None and self.build is not None:
-            raise ValueError(
-                "model.path and model.build are both set; keep one (null takes out what a stage or a file inherits)"
-            )
+            raise ValueError(f"model.path and model.build are both set; keep one {_INHERITED}")
         if self.trust_code is not None and self.trust_code.model != self.path:
             raise ValueError(
                 f"model.trust_code names {self.trust_code.model!r}, but model.path is {self.path!r}"
@@ -188,9 +187,7 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:
         if (self.path is None) == (self.task is None):
-            raise ValueError(
-                "set exactly one of path and task (null takes out what a stage or a file inherits)"
-            )
+            raise ValueError(f"set exactly one of path and task {_INHERITED}")
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("system_prompt needs chat_template: true")
         return self
@@ -589,9 +586,7 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                "trainer.steps and trainer.epochs are both set; keep one (null takes out what a stage or a file inherits)"
-            )
+            raise ValueError(f"trainer.steps and trainer.epochs are both set; keep one {_INHERITED}")
         return self
 
 

@@ -41,7 +41,7 @@ def test_recipe_runs_on_gsm8k_with_a_model_from_disk(tmp_path):
             *(f"data.path={DATA / 'train.jsonl'}", "data.subset=null", "data.split=null", "data.limit=64"),
             *(f"{eval_set}.path={DATA / 'test.jsonl'}", f"{eval_set}.subset=null", f"{eval_set}.split=null"),
             *(f"{eval_set}.limit=8", "trainer.epochs=null", "trainer.steps=2", "trainer.prompts_per_step=4"),
-            *("rollout.max_response_tokens=24", "rollout.group_size=2"),
+            *("rollout.max_response_tokens=24", "rollout.group_size=2", "trainer.warmup_steps=0"),
         ],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
