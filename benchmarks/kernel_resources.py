@@ -2,14 +2,13 @@
 
     python benchmarks/kernel_resources.py [--out benchmarks/results]
 
-The operations' own launches are caught, not repeated here: they are called with tensors of the shapes in `CALLS`, and what
-they would have launched is compiled. Ends with 1 if a kernel spills that is not in `MAY_SPILL`. Writes a file only with --out.
+The operations' own launches are caught, not repeated here: the modules in `benchmarks/gpu` call them, and what they
+would have launched is compiled. Ends with 1 if a kernel spills that is not in `MAY_SPILL`. Writes a file only with --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import inspect
 import json
 import re
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu_check import OPERATIONS
 from benchmarks.running import machine
-from rlhf.kernels import activation_triton, attention_triton, norm_triton, rotary_triton
-from rlhf.kernels.attention import Plan
 
 TARGETS = (80, 90)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,49 +54,6 @@ class Launch:
     constants: dict[str, Any]
     attributes: dict[tuple[int], list]
     options: dict[str, int]
-
-
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(operation and shape, a call of it) in one dtype."""
-    make = functools.partial(torch.zeros, dtype=dtype)
-    for width in (64, 128, 1024, 2048, 4096, 8192, 16384):
-        x, w = make(64, width), make(width)
-        yield f"rms_norm {width}", lambda x=x, w=w: norm_triton.rms_norm(x, w, 1e-6)
-        yield f"add_rms_norm {width}", lambda x=x, w=w: norm_triton.rms_norm(x, w, 1e-6, x)
-        yield (
-            f"rms_norm backward {width}",
-            lambda x=x, w=w: norm_triton.gradients(x, w, 1e-6, x, (True, True)),
-        )
-    for gelu, name in ((False, "swiglu"), (True, "geglu")):
-        g = make(64, 4096)
-        yield name, lambda g=g, gelu=gelu: activation_triton.gated(g, g, gelu=gelu)
-        yield f"{name} backward", lambda g=g, gelu=gelu: activation_triton.gradients(g, g, g, gelu=gelu)
-    for dim in (64, 128, 256):
-        yield from attention_calls(dtype, dim)
-        x, cos = make(64, 8, dim), make(64, dim)
-        for back in (False, True):
-            name = f"rotary{' backward' if back else ''} {dim}"
-            yield name, lambda x=x, c=cos, b=back: rotary_triton.rotary(x, c, c, out=x, transposed=b)
-
-
-def attention_calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    q, k = (torch.zeros(1000, heads, dim, dtype=dtype) for heads in (8, 2))
-    pages, table = torch.zeros(40, 2, 64, dim, dtype=dtype), torch.arange(40)[:22].view(2, 11)
-    options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None}
-    pack, chunks, decode = (
-        Plan([700, 300], [700, 300]),
-        Plan([300, 20], [700, 300], page_table=table, page_tokens=64),
-        Plan([1, 1], [700, 300], page_table=table, page_tokens=64),
-    )
-    logs = torch.zeros(1000, 8)
-    forward = functools.partial(attention_triton.forward, share_out=True)
-    yield f"attention {dim}", lambda: forward(q, k, k, pack, **options)
-    yield (
-        f"attention backward {dim}",
-        lambda: attention_triton.gradients(q, k, k, q, logs, q, pack, **options),
-    )
-    yield f"attention, chunks of pages {dim}", lambda: forward(q[:320], pages, pages, chunks, **options)
-    yield f"attention, decode {dim}", lambda: forward(q[:2], pages, pages, decode, **options)
 
 
 @contextmanager
@@ -161,7 +116,7 @@ def resources(launch: Launch, target: int) -> dict[str, int]:
 
 def rows() -> Iterator[dict[str, Any]]:
     for dtype_name, dtype in DTYPES.items():
-        for operation, call in calls(dtype):
+        for operation, call in (c for module in OPERATIONS for c in module.calls(dtype)):
             with caught() as launches:
                 call()
             for launch in launches:
