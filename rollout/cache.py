@@ -165,6 +165,17 @@ class KVPages:
         for pages in (*self.k, *self.v):
             pages[target, :, :num_tokens] = pages[source, :, :num_tokens]
 
+    def save(self, pages: Sequence[int]) -> list[torch.Tensor]:
+        """The contents of pages, in host memory: what `load` takes."""
+        rows = torch.as_tensor(pages, device=self.device)
+        return [tensor[rows].cpu() for tensor in (*self.k, *self.v)]
+
+    def load(self, saved: Sequence[torch.Tensor], pages: Sequence[int]) -> None:
+        """Put saved contents into as many pages."""
+        rows = torch.as_tensor(pages, device=self.device)
+        for tensor, contents in zip((*self.k, *self.v), saved, strict=True):
+            tensor[rows] = contents.to(self.device)
+
     def _zeros(self, num_pages: int, shape: tuple[int, int]) -> torch.Tensor:
         heads, size = shape
         full = (num_pages, heads, self.page_tokens, size)

@@ -2,13 +2,15 @@
 
 It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in,
 tokens out, ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed,
-and on nothing else. Not here: text, rewards, other processes.
+and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go. Not here: text,
+rewards, other processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,9 +21,10 @@ from rlhf.kernels.sampling import sample
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes
-from rlhf.rollout.request import Completion, EngineConfig, Request
+from rlhf.rollout.lengths import Lengths
+from rlhf.rollout.request import Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
-from rlhf.rollout.samples import RUNNING, Samples, draw_parameters
+from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
 from rlhf.rollout.scheduler import Scheduler, Step
 
 _MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
@@ -48,108 +51,226 @@ class Engine:
         )
         self._pool = PagePool(0)
         self._runner = Runner(model, self._pages)
-        self._generating = False
+        self._lengths = Lengths()
+        self._jobs: dict[str, Job] = {}  # in work
+        self._generating = self._was_training = False
+        self._begin_anew()
+
+    # a batch
 
     def generate(
-        self, requests: Sequence[Request], *, on_progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        enough: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """Completions as [request][sample], in the order given.
 
-        `on_progress(finished, total)` is called whenever samples finish. Raises ValueError, before any work,
-        for duplicate ids, a prompt that fills the context or holds unknown token ids, and a cache too small
-        for a request.
+        With `enough`, it ends when that many requests are finished; samples of the others come as far as they got,
+        "aborted", and go on where `Request.begun` is given to a later call. `on_progress(finished, total)` is called
+        whenever samples finish. Raises ValueError, before any work, for duplicate ids, a prompt that fills the context or
+        holds unknown token ids, and a cache too small for a request; RuntimeError while requests that were added are in work.
         """
-        self._check(requests)
-        samples = Samples(requests, page_tokens=self.config.page_tokens, context=self._context)
-        self._reserve(samples)
-        scheduler = Scheduler(samples, self._pool, self.config, version=self.version)
-        self._generating, was_training = True, self.model.training
-        self.model.eval()
-        self._runner.forward.refresh()
+        if self._jobs:
+            raise RuntimeError(
+                f"generate with {len(self._jobs)} added requests in work; finish or abort them first"
+            )
+        self._begin_anew()
+        self._generating = True
         try:
-            num_steps = self._loop(scheduler, samples, on_progress)
+            jobs = self._take_in(requests)
+            found = self._to_the_end(jobs, len(jobs) if enough is None else enough, on_progress)
         except BaseException:
-            self._drop_cache()  # pages of half-done work cannot be told from good ones
+            self._give_up()
             raise
         finally:
             self._generating = False
-            self.model.train(was_training)
-        completions = samples.completions(self.version)
-        if samples.num_nan:
-            self._drop_cache()  # a NaN that stays in a page would reach the next sequence through 0 * NaN
-        self._measure(scheduler, num_steps)
-        return completions
+        self._measure()
+        return [list(found[request.id]) for request in requests]
+
+    def _to_the_end(
+        self, jobs: Sequence[Job], enough: int, on_progress: Callable[[int, int], None] | None
+    ) -> dict[str, tuple[Completion, ...]]:
+        samples, found = self._samples, {}
+        rows = [row for job in jobs for row in job.rows]
+        halfway = (samples.limit[rows].sum() + 1) // 2  # of the tokens, or of the samples, whichever is first
+        before_half, num_finished = True, 0
+        while self._jobs and len(found) < enough:
+            updates = self._step()
+            now_finished = self._num_finished
+            if before_half and (2 * now_finished >= len(rows) or self._num_written >= halfway):
+                before_half = False
+                fault_point("rollout.mid")
+            found |= {u.request_id: u.completions for u in updates if u.completions is not None}
+            if on_progress is not None and now_finished > num_finished:
+                on_progress(now_finished, len(rows))
+            num_finished = now_finished
+        return found | {name: tuple(self.abort(name)) for name in list(self._jobs)}
+
+    # requests that come and go
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs)
+
+    @property
+    def num_running(self) -> int:
+        """Samples in work."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait for their turn."""
+        return self._scheduler.num_waiting
+
+    @property
+    def pages_in_use(self) -> int:
+        """Of the cache, by samples; what only the prefix cache holds does not count."""
+        return self._pool.num_in_use
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Let requests wait for their turn, beside those in work. Raises ValueError as `generate` does; then none of
+        them is taken."""
+        self._take_in(requests)
+
+    def step(self) -> list[Update]:
+        """One forward pass, and what came of it; nothing where there is no work."""
+        if not self._jobs:
+            return []
+        try:
+            return self._step()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def abort(self, request_id: str) -> list[Completion]:
+        """Take a request out of work; its samples as far as they got. Raises KeyError for one that is not in work."""
+        if request_id not in self._jobs:
+            raise KeyError(f"request {request_id!r} is not in work")
+        job = self._jobs[request_id]
+        self._scheduler.remove(job)
+        return list(self._take_out(job))
 
     def set_version(self, version: int) -> None:
         """The weights are now those after `version` optimiser steps: cached prefixes and packed weights are
-        stale.
+        stale. Samples in work go on under the new weights, from a cache made anew; their tokens know their version.
         """
         if self._generating:
             raise RuntimeError(
                 f"set_version({version}) during generate; weights may change only between calls"
             )
         self.version = version
+        self._scheduler.restart(version)
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
         weights_changed(self.model)
         self._runner.forward.forget()
+        if self._jobs:
+            self._runner.forward.refresh()
 
     def sleep(self) -> None:
-        """Give the memory of the cache and of the joined weights back while the trainer works."""
+        """Give the memory of the cache and of the joined weights back while the trainer works. Samples in work go on
+        after `wake`."""
+        self._scheduler.restart(self.version)
         self._drop_cache()
         self._runner.forward.forget()
 
     def wake(self) -> None:
-        """Take the cache's memory again where its size is fixed; else the next call takes what it needs."""
-        if self.config.cache_tokens is not None:
+        """Take the cache's memory again where its size is fixed, or samples are in work; else the next call takes what it
+        needs."""
+        if self._jobs:
+            self._reserve([])
+            self._runner.forward.refresh()
+        elif self.config.cache_tokens is not None:
             self._grow(self.config.cache_tokens // self.config.page_tokens)
 
     # the loop
 
-    def _loop(
-        self, scheduler: Scheduler, samples: Samples, on_progress: Callable[[int, int], None] | None
-    ) -> int:
-        """Run until nothing is left; returns the number of forward passes."""
-        num_steps = num_finished = 0
-        halfway = (samples.limit.sum() + 1) // 2  # of the tokens, or of the samples, whichever is first
-        before_half = True
-        while scheduler.has_work:
-            step = scheduler.schedule()
-            logits = self._runner.run(step, samples)
-            self._draw(step, samples, logits)
-            copies = scheduler.commit(step)
-            self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
-            num_steps += 1
-            now_finished = int((samples.finished != RUNNING).sum())
-            if before_half and (2 * now_finished >= len(samples) or samples.count.sum() >= halfway):
-                before_half = False
-                fault_point("rollout.mid")
-            if on_progress is not None and now_finished > num_finished:
-                on_progress(now_finished, len(samples))
-            num_finished = now_finished
-        return num_steps
+    def _take_in(self, requests: Sequence[Request]) -> list[Job]:
+        self._check(requests)
+        self._reserve(requests)
+        if not self._jobs:
+            self._was_training = self.model.training
+            self.model.eval()
+            self._runner.forward.refresh()
+        jobs = self._samples.add(requests)
+        for job in jobs:
+            self._jobs[job.request.id] = job
+            limit = int(self._samples.limit[job.rows[0]])
+            self._scheduler.add(job, self._lengths.expected(job.prompt, limit))
+            if self._samples.is_done(job):  # it had been begun, and nothing was left to do
+                self._done_at_once.append(job)
+        return jobs
 
-    def _draw(self, step: Step, samples: Samples, logits: torch.Tensor) -> None:
-        """One token for every sample that is due, recorded in `samples`."""
-        rows = step.drawing
+    def _step(self) -> list[Update]:
+        done, self._done_at_once = self._done_at_once, []
+        updates = [self._finished(job) for job in done]
+        if not self._scheduler.has_work:
+            return updates
+        step = self._scheduler.schedule()
+        logits = self._runner.run(step, self._samples)
+        drawing = step.drawing
+        self._draw(step, drawing, logits)
+        copies = self._scheduler.commit(step)
+        self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
+        self._num_steps += 1
+        return updates + self._news(drawing)
+
+    def _draw(self, step: Step, rows: np.ndarray, logits: torch.Tensor) -> None:
+        """One token for every sample that is due, recorded in its row."""
         if not len(rows):
             return
-        device = logits.device
+        samples, device = self._samples, logits.device
         if step.chunks:
             logits = logits[torch.from_numpy(step.logit_rows).to(device)]
         keys, counts = torch.from_numpy(samples.key[rows]), torch.from_numpy(samples.count[rows])
         parameters = draw_parameters(samples, rows, device)
         drawn = sample(logits, uniform(keys.to(device), counts.to(device)), **parameters)
         columns = (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)
-        samples.record(rows, *(column.cpu().numpy() for column in columns))
+        samples.record(rows, *(column.cpu().numpy() for column in columns), self.version)
+
+    def _news(self, drawing: np.ndarray) -> list[Update]:
+        """Updates of the requests whose samples drew a token: of those that stream, and of those that are done."""
+        samples = self._samples
+        ended = samples.finished[drawing] != RUNNING
+        self._num_finished += int(ended.sum())
+        self._num_written += len(drawing)
+        rows = drawing if self._num_streaming else drawing[ended]
+        updates = []
+        for job in dict.fromkeys(samples.job[row] for row in rows.tolist()):
+            assert job is not None, "a free row drew a token"
+            deltas = tuple(samples.newest(job, drawing)) if job.request.stream else ()
+            if samples.is_done(job):
+                updates.append(self._finished(job, deltas))
+            elif deltas:
+                updates.append(Update(job.request.id, deltas, None))
+        return updates
+
+    def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
+        self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
+        return Update(job.request.id, deltas, self._take_out(job))
+
+    def _take_out(self, job: Job) -> tuple[Completion, ...]:
+        completions = tuple(self._samples.completions(job))
+        self._samples.free(job)
+        del self._jobs[job.request.id]
+        if not self._jobs:
+            self.model.train(self._was_training)
+            if (
+                self._samples.num_nan
+            ):  # one that stays in a page would reach the next sequence through 0 * NaN
+                self._samples.num_nan = 0
+                self._drop_cache()
+        return completions
 
     # before and after
 
     def _check(self, requests: Sequence[Request]) -> None:
-        seen: set[str] = set()
+        seen = set(self._jobs)
         for request in requests:
             name, prompt = request.id, request.prompt_ids
             if name in seen:
-                raise ValueError(f"two requests have the id {name!r}; ids must be unique within one call")
+                raise ValueError(f"two requests have the id {name!r}; ids of those in work must be unique")
             seen.add(name)
             if len(prompt) + 1 > self._context:
                 raise ValueError(
@@ -163,28 +284,34 @@ class Engine:
                     "tokenizer and model do not match"
                 )
 
-    def _reserve(self, samples: Samples) -> None:
-        """Make the cache large enough for this call, and refuse a sample that could never fit."""
-        page_tokens = self.config.page_tokens
-        written = samples.prompt_tokens + samples.limit - 1  # the last token never gets keys and values
-        own = -(-written // page_tokens)
-        largest = int(own.max(initial=0))
+    def _reserve(self, requests: Sequence[Request]) -> None:
+        """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
+        page_tokens, samples = self.config.page_tokens, self._samples
+        rows = [row for job in self._jobs.values() for row in job.rows]
+        written = (samples.prompt_tokens[rows] + samples.limit[rows]).tolist()
+        for r in requests:
+            n = len(r.prompt_ids)
+            written += [n + min(r.params.max_tokens, self._context - n)] * len(r.seeds)
+        # the last token never gets keys and values
+        own = sorted((-(-(n - 1) // page_tokens) for n in written), reverse=True)
+        largest = max(own, default=0)
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens
         else:
-            together = min(len(samples), self.config.max_sequences)
-            wanted = int(sum(sorted(own.tolist(), reverse=True)[:together]))
+            wanted = sum(own[: self.config.max_sequences])
             in_memory = int(free_memory_bytes(self.model.device) * _MEMORY_SHARE) // self._pages.page_bytes
             num_pages = min(wanted, self._pool.num_pages + in_memory)
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
-            worst = samples.requests[samples.request[int(own.argmax())]].id
+            worst = max(
+                requests,
+                key=lambda r: len(r.prompt_ids) + min(r.params.max_tokens, self._context - len(r.prompt_ids)),
+            )
             raise ValueError(
-                f"request {worst!r} needs up to {largest * page_tokens} tokens of cache and there are "
+                f"request {worst.id!r} needs up to {largest * page_tokens} tokens of cache and there are "
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"
             )
         self._grow(num_pages)
-        self._pool.peak_in_use = self._pool.num_in_use
 
     def _grow(self, num_pages: int) -> None:
         if num_pages > self._pool.num_pages:
@@ -193,13 +320,35 @@ class Engine:
 
     def _drop_cache(self) -> None:
         self._pages.clear()
-        self._pool = PagePool(0)
+        self._pool = self._scheduler.pool = PagePool(0)
 
-    def _measure(self, scheduler: Scheduler, num_steps: int) -> None:
+    def _begin_anew(self) -> None:
+        """Nothing in work, counters at 0."""
+        self._samples = Samples(page_tokens=self.config.page_tokens, context=self._context)
+        self._scheduler = Scheduler(
+            self._samples, self._pool, self.config, version=self.version, put_by=self._pages
+        )
+        self._done_at_once: list[Job] = []
+        self._num_steps = self._num_finished = self._num_written = 0
+        self._pool.peak_in_use = self._pool.num_in_use
+
+    def _give_up(self) -> None:
+        """After a failure: pages of half-done work cannot be told from good ones."""
+        self._jobs.clear()
+        self._drop_cache()
+        self._begin_anew()
+        self.model.train(self._was_training)
+
+    @property
+    def _num_streaming(self) -> int:
+        return sum(job.request.stream for job in self._jobs.values())
+
+    def _measure(self) -> None:
+        scheduler = self._scheduler
         self.stats = {
             "cache/hit_frac": scheduler.hit_tokens / max(scheduler.prefill_tokens, 1),
             "cache/used_frac": self._pool.peak_in_use / max(self._pool.num_pages, 1),
             "rollout/prefill_tokens": scheduler.prefill_tokens,
             "rollout/preempted": scheduler.num_preempted,
-            "rollout/forward_passes": num_steps,
+            "rollout/forward_passes": self._num_steps,
         }

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf.rollout.policies import ORDERS, Policy
+
 FinishReason = Literal["stop", "length", "aborted"]
 
 
@@ -47,8 +49,17 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seeds: tuple[int, ...]  # a 63-bit key per sample (`rlhf.rng.key`), which decides its draws
+    priority: int = 0  # for policy "priority": the greatest is admitted first
+    tenant: str = ""  # for policy "fair": whose request it is
+    stream: bool = False  # be told of every token, by `Engine.step`
+    begun: tuple[Completion, ...] = ()  # what an aborted call had written, one per sample, to go on from
 
     def __post_init__(self) -> None:
+        if self.begun and len(self.begun) != len(self.seeds):
+            raise ValueError(
+                f"request {self.id!r} goes on from {len(self.begun)} samples and has {len(self.seeds)} seeds; give the "
+                "seeds it had"
+            )
         if not self.prompt_ids:
             raise ValueError(
                 f"request {self.id!r} has an empty prompt; give it at least one token, such as BOS"
@@ -82,13 +93,43 @@ class EngineConfig:
     max_sequences: int  # sequences decoded at the same time
     prefix_cache: bool  # keep the pages of finished prompts and use them again under the same weights
     cache_tokens: int | None = None  # size of the cache; None = what a call needs, within free memory
+    policy: Policy = "fcfs"  # who of the waiting is admitted next
+    preemption: Literal["recompute", "swap"] = (
+        "recompute"  # of work that gives way: its keys made again, or put by
+    )
+    cache_responses: bool = (
+        False  # find the text of a finished response again too, as the next turn of a chat does
+    )
 
     def __post_init__(self) -> None:
         for name in ("page_tokens", "max_batch_tokens", "max_sequences"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.policy not in ORDERS:
+            raise ValueError(f"policy={self.policy!r} is unknown; choose from {', '.join(ORDERS)}")
         if self.cache_tokens is not None and self.cache_tokens < self.page_tokens:
             raise ValueError(
                 f"cache_tokens={self.cache_tokens} is less than one page of {self.page_tokens} tokens; "
                 "raise it or leave it out"
             )
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one sample of a streamed request wrote since the last update; fields as in Completion."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    processed_logprobs: tuple[float, ...]
+    policy_versions: tuple[int, ...]
+    finish_reason: FinishReason | None  # None: more will come
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of one request after a step."""
+
+    request_id: str
+    deltas: tuple[Delta, ...]  # of a request with `stream`, else none
+    completions: tuple[Completion, ...] | None  # all its samples, once all have finished

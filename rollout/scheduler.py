@@ -1,34 +1,49 @@
-"""Who runs in the next forward pass: admission, chunked prefill, page growth, group fork, preemption by
-recompute.
+"""Who runs in the next forward pass: admission, chunked prefill, page growth, group fork, preemption.
 
 A `Prefill` is work over tokens that are all known: a prompt shared by the samples of one request, or the
 whole text of one sample that was preempted. When its last token is through, its samples draw their next token
-from the same logits and become decoding ones: full pages are shared, the last partial page is copied. Nothing
-here decides any result: a sample's tokens do not depend on when it runs. Not here: tensors
-(`rlhf.rollout.runner`).
+from the same logits and become decoding ones: full pages are shared, the last partial page is copied. What begins
+like work that is being prefilled waits until it can share its pages. Nothing here decides any result: a sample's tokens
+do not depend on when it runs. Not here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from rlhf.rollout.cache import PagePool, prefix_digests
+from rlhf.rollout.policies import Queue
 from rlhf.rollout.request import EngineConfig
-from rlhf.rollout.samples import RUNNING, Samples
+from rlhf.rollout.samples import ABORTED, RUNNING, Job, Samples
+
+_MOST_PUT_OFF = 64  # waiting prefills that a pass looks past because another makes their prefix
 
 
-@dataclass
+class PutBy(Protocol):
+    """What keeps the contents of pages elsewhere: `rlhf.rollout.cache.KVPages`."""
+
+    def save(self, pages: list[int]) -> Any: ...
+
+    def load(self, saved: Any, pages: list[int]) -> None: ...
+
+
+@dataclass(eq=False)
 class Prefill:
     """Tokens to bring into the cache for some samples of one request."""
 
+    job: Job
     samples: np.ndarray  # (k,) sample rows, all at the same text
     token_ids: np.ndarray  # (n,) int64
-    digests: list[bytes]  # of its full pages
+    expected_tokens: float = 0.0  # of the response, by earlier ones
+    digests: list[bytes] = field(default_factory=list)  # of its full pages, under `version`
+    version: int | None = None
     pages: list[int] = field(default_factory=list)  # held while it is in work
     done: int = 0  # tokens in the cache already
+    saved: Any = None  # what one sample's pages held when it gave way, and how many there were
+    num_saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,28 +95,83 @@ class Copies:
 
 
 class Scheduler:
-    """Holds the queues of one call. The pool outlives it: the prefix cache is kept from call to call."""
+    """Holds the queues. The pool is the engine's: its prefix cache outlives what is in work."""
 
-    def __init__(self, samples: Samples, pool: PagePool, config: EngineConfig, *, version: int):
+    def __init__(
+        self,
+        samples: Samples,
+        pool: PagePool,
+        config: EngineConfig,
+        *,
+        version: int,
+        put_by: PutBy | None = None,
+    ):
         self.samples, self.pool, self.config, self.version = samples, pool, config, version
-        self.num_preempted = 0
+        self.num_preempted = self.num_swapped = 0
         self.hit_tokens = self.prefill_tokens = 0
-        self._waiting = deque(
-            self._prefill(np.flatnonzero(samples.request == r), prompt)
-            for r, prompt in enumerate(samples.prompts)
-        )
+        self._put_by = put_by
+        self._pages_saved = 0
+        self._waiting = Queue(config.policy)
         self._prefilling: list[Prefill] = []
         self._decoding = np.zeros(0, np.int64)  # oldest first
 
     @property
     def has_work(self) -> bool:
-        return bool(len(self._decoding) or self._prefilling or self._waiting)
+        return bool(len(self._decoding) or self._prefilling or len(self._waiting))
+
+    @property
+    def num_running(self) -> int:
+        """Samples in work: decoding, or in a prefill that has begun."""
+        return len(self._decoding) + sum(len(p.samples) for p in self._prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(p.samples) for p in self._waiting)
+
+    def add(self, job: Job, expected_tokens: float = 0.0) -> None:
+        """Let a request wait for its turn. Samples that were begun before go on each by itself."""
+        samples = self.samples
+        running = job.rows[samples.finished[job.rows] == RUNNING]
+        fresh = running[samples.count[running] == 0]
+        if len(fresh):
+            self._waiting.push(Prefill(job, fresh, job.prompt, expected_tokens))
+        for row in running[samples.count[running] > 0]:
+            text = samples.token_ids(row)
+            self._waiting.push(Prefill(job, np.asarray([row]), text, expected_tokens))
+
+    def remove(self, job: Job) -> None:
+        """Take a request out of work; its unfinished samples are aborted."""
+        samples = self.samples
+        for work in self._waiting.remove(job.number):
+            self._forget_saved(work)
+        for prefill in [p for p in self._prefilling if p.job is job]:
+            self.pool.release(prefill.pages)
+            self._prefilling.remove(prefill)
+        own = np.isin(self._decoding, job.rows)
+        for sample in self._decoding[own]:
+            self._release(sample)
+        self._decoding = self._decoding[~own]
+        running = job.rows[samples.finished[job.rows] == RUNNING]
+        samples.finished[running] = ABORTED
+
+    def restart(self, version: int) -> None:
+        """The weights are others: keys and values in the cache are stale, and what is in work is prefilled again."""
+        self.version = version
+        for sample in self._decoding[::-1]:
+            self._release(sample)
+            self._requeue(sample)
+        self._decoding = self._decoding[:0]
+        for prefill in self._prefilling[::-1]:
+            self._put_back(prefill)
+        self._prefilling = []
+        for work in self._waiting:
+            self._forget_saved(work)
 
     def schedule(self) -> Step:
         """Choose the next forward pass: every decoding sample, then prefill chunks up to the token budget."""
         self._grow()
+        self._admit()
         budget = self.config.max_batch_tokens - len(self._decoding)
-        self._admit(budget)
         chunks = []
         for prefill in self._prefilling:
             size = min(budget, len(prefill.token_ids) - prefill.done)
@@ -117,12 +187,18 @@ class Scheduler:
 
         Returns the page copies that must happen before the next pass.
         """
+        if self.config.policy == "fair":
+            self._account(step)
         finished = self.samples.finished
         for sample in step.decoding[finished[step.decoding] != RUNNING]:
-            self._release(sample)
+            self._release(sample, remember=self.config.cache_responses)
         self._decoding = step.decoding[finished[step.decoding] == RUNNING]
         for chunk in step.chunks:
             chunk.prefill.done = chunk.end
+            if self.config.prefix_cache:
+                first, last = (at // self.config.page_tokens for at in (chunk.start, chunk.end))
+                prefill = chunk.prefill
+                self.pool.remember(prefill.pages[first:last], self._digests(prefill)[first:last])
         copies = Copies()
         completed = step.completed
         if completed:
@@ -143,23 +219,36 @@ class Scheduler:
             needy = rows[samples.position(rows) == samples.num_pages[rows] * page_tokens]
             if len(needy) <= self.pool.num_available:
                 break
-            self._preempt_youngest()
+            self._preempt()
         if len(needy):
             samples.table[needy, samples.num_pages[needy]] = self.pool.take(len(needy))
             samples.num_pages[needy] += 1
 
-    def _admit(self, budget: int) -> None:
+    def _admit(self) -> None:
         """Move waiting prefills into work, in order, while there are tokens, sequences and pages for them.
 
         A group waits until all its samples fit, so that its prompt is prefilled once; alone, it is split.
         What this pass has no tokens for waits too, and may find its prefix in the cache by then.
         """
         limit = min(self.config.max_sequences, self.config.max_batch_tokens)
-        running = len(self._decoding) + sum(len(p.samples) for p in self._prefilling)
+        running = self.num_running
+        budget = self.config.max_batch_tokens - len(self._decoding)
         budget -= sum(len(p.token_ids) - p.done for p in self._prefilling)
-        while self._waiting and budget > 0:
-            prefill = self._waiting[0]
+        coming = {d for p in self._prefilling for d in p.digests[p.done // self.config.page_tokens :]}
+        put_off: list[Prefill] = []
+        while len(self._waiting) and budget > 0 and len(put_off) < _MOST_PUT_OFF:
+            prefill = self._waiting.pop()
+            if prefill.saved is not None:
+                if running >= limit or not self._bring_back(prefill):
+                    self._waiting.push_front(prefill)
+                    break
+                running, budget = running + 1, budget - 1
+                continue
             hits = self._find(prefill)
+            if self._next_digest(prefill, len(hits)) in coming:
+                self.pool.release(hits)
+                put_off.append(prefill)
+                continue
             need = -(-len(prefill.token_ids) // self.config.page_tokens) - len(hits)
             # a page for each sample's own tokens, but one sample goes on in the last, partial page
             inherits = len(prefill.token_ids) % self.config.page_tokens > 0
@@ -169,19 +258,24 @@ class Scheduler:
                 fitting = max(fitting, 1)
             if fitting < (len(prefill.samples) if running else 1):
                 self.pool.release(hits)
+                self._waiting.push_front(prefill)
                 break
-            self._waiting.popleft()
             if fitting < len(prefill.samples):
                 rest = prefill.samples[fitting:]
-                self._waiting.appendleft(Prefill(rest, prefill.token_ids, prefill.digests))
+                self._waiting.push_front(
+                    Prefill(prefill.job, rest, prefill.token_ids, prefill.expected_tokens)
+                )
                 prefill.samples = prefill.samples[:fitting]
             prefill.pages = hits + self.pool.take(need)
             prefill.done = len(hits) * self.config.page_tokens
             self.hit_tokens += prefill.done
             self.prefill_tokens += len(prefill.token_ids)
             self._prefilling.append(prefill)
+            coming.update(self._digests(prefill)[len(hits) :])
             budget -= len(prefill.token_ids) - prefill.done
             running += len(prefill.samples)
+        for prefill in reversed(put_off):
+            self._waiting.push_front(prefill)
 
     def _promised(self) -> int:
         """Pages that admitted work will want next: one for each sample that may still outgrow its own."""
@@ -196,8 +290,6 @@ class Scheduler:
         samples, pool = self.samples, self.pool
         full, partial = divmod(len(prefill.token_ids), self.config.page_tokens)
         pages = prefill.pages
-        if self.config.prefix_cache:
-            pool.remember(pages[:full], prefill.digests)
         heirs = prefill.samples[samples.finished[prefill.samples] == RUNNING]
         if not len(heirs):
             pool.release(pages)
@@ -221,35 +313,106 @@ class Scheduler:
             self.num_preempted += 1
             self._requeue(sample)
 
-    def _release(self, sample: int) -> None:
-        self.pool.release(self.samples.table[sample, : self.samples.num_pages[sample]].tolist())
+    def _release(self, sample: int, *, remember: bool = False) -> None:
+        pages = self._pages(sample)
+        if remember and self.config.prefix_cache:
+            text = self.samples.token_ids(sample)[:-1]  # the last token never got keys and values
+            digests = prefix_digests(self.version, text, self.config.page_tokens)
+            self.pool.remember(pages[: len(digests)], digests)
+        self.pool.release(pages)
         self.samples.num_pages[sample] = 0
+
+    def _pages(self, sample: int) -> list[int]:
+        return self.samples.table[sample, : self.samples.num_pages[sample]].tolist()
+
+    def _bring_back(self, prefill: Prefill) -> bool:
+        """Let a sample whose pages were put by go on, if there are pages for it."""
+        samples, (sample,) = self.samples, prefill.samples
+        needed = int(samples.position(sample)) // self.config.page_tokens + 1
+        spare = self.pool.num_available - (self._promised() if len(self._decoding) else 0)
+        if needed > spare:
+            return False
+        pages = self.pool.take(needed)
+        assert self._put_by is not None, "pages were put by without a place for them"
+        self._put_by.load(prefill.saved, pages[: prefill.num_saved])
+        self._forget_saved(prefill)
+        samples.table[sample, :needed] = pages
+        samples.num_pages[sample] = needed
+        self._decoding = np.append(self._decoding, sample)
+        return True
+
+    def _forget_saved(self, prefill: Prefill) -> None:
+        self._pages_saved -= prefill.num_saved
+        prefill.saved, prefill.num_saved = None, 0
 
     # queues
 
-    def _prefill(self, samples: np.ndarray, token_ids: np.ndarray) -> Prefill:
-        digests = []
-        if self.config.prefix_cache:
-            digests = prefix_digests(self.version, token_ids, self.config.page_tokens)
-        return Prefill(samples, token_ids, digests)
+    def _digests(self, prefill: Prefill) -> list[bytes]:
+        if self.config.prefix_cache and prefill.version != self.version:
+            prefill.digests = prefix_digests(self.version, prefill.token_ids, self.config.page_tokens)
+            prefill.version = self.version
+        return prefill.digests
 
     def _find(self, prefill: Prefill) -> list[int]:
         """Cached pages of a prefix that leaves at least one token to run, whose logits are needed."""
-        return self.pool.find(prefill.digests[: (len(prefill.token_ids) - 1) // self.config.page_tokens])
+        return self.pool.find(
+            self._digests(prefill)[: (len(prefill.token_ids) - 1) // self.config.page_tokens]
+        )
 
-    def _preempt_youngest(self) -> None:
-        """Give back the pages of the work admitted last; it is computed again later, to the same end."""
+    def _next_digest(self, prefill: Prefill, num_hits: int) -> bytes | None:
+        """Of the first page that was not found."""
+        usable = (len(prefill.token_ids) - 1) // self.config.page_tokens
+        return self._digests(prefill)[num_hits] if self.config.prefix_cache and num_hits < usable else None
+
+    def _preempt(self) -> None:
+        """Take the pages of the work admitted last, of the least priority where that counts; it goes on later, to the
+        same end."""
         self.num_preempted += 1
         if self._prefilling:
-            prefill = self._prefilling.pop()
-            self.pool.release(prefill.pages)
-            prefill.pages, prefill.done = [], 0
-            self._waiting.appendleft(prefill)
-        else:
-            sample = self._decoding[-1]
-            self._decoding = self._decoding[:-1]
-            self._release(sample)
-            self._requeue(sample)
+            self._put_back(self._prefilling.pop(self._least([p.job for p in self._prefilling])))
+            return
+        jobs = [self.samples.job[s] for s in self._decoding] if self.config.policy == "priority" else []
+        at = self._least(jobs)
+        sample = self._decoding[at]
+        self._decoding = np.delete(self._decoding, at)
+        saved, count = self._save(sample)
+        self._release(sample)
+        self._requeue(sample, saved, count)
 
-    def _requeue(self, sample: int) -> None:
-        self._waiting.appendleft(self._prefill(np.asarray([sample]), self.samples.token_ids(sample)))
+    def _least(self, jobs: list[Job]) -> int:
+        """Where the one of the least priority is, the last of equals."""
+        if self.config.policy != "priority":
+            return -1
+        return min(range(len(jobs)), key=lambda i: (jobs[i].request.priority, -i))
+
+    def _save(self, sample: int) -> tuple[Any, int]:
+        """Put a sample's pages by, where that is wanted and there is room: as many as the cache has."""
+        pages = self._pages(sample)
+        if (
+            self.config.preemption != "swap"
+            or self._put_by is None
+            or self._pages_saved + len(pages) > self.pool.num_pages
+        ):
+            return None, 0
+        self.num_swapped += 1
+        self._pages_saved += len(pages)
+        return self._put_by.save(pages), len(pages)
+
+    def _put_back(self, prefill: Prefill) -> None:
+        self.pool.release(prefill.pages)
+        prefill.pages, prefill.done = [], 0
+        self._waiting.push_front(prefill)
+
+    def _requeue(self, sample: int, saved: Any = None, num_saved: int = 0) -> None:
+        job = self.samples.job[sample]
+        assert job is not None, f"row {sample} is free"
+        text = self.samples.token_ids(sample)
+        self._waiting.push_front(Prefill(job, np.asarray([sample]), text, saved=saved, num_saved=num_saved))
+
+    def _account(self, step: Step) -> None:
+        for chunk in step.chunks:
+            self._waiting.served(chunk.prefill.job.request.tenant, chunk.end - chunk.start, 0)
+        for sample in step.drawing.tolist():
+            job = self.samples.job[sample]
+            if job is not None:
+                self._waiting.served(job.request.tenant, 0, 1)

@@ -19,17 +19,20 @@ def run(prompt_lengths, *, n=1, max_tokens=6, num_pages=64, check=None, pool=Non
     requests = [
         Request(f"r{i}", tuple(range(length)), params, (0,) * n) for i, length in enumerate(prompt_lengths)
     ]
-    samples = Samples(requests, page_tokens=config.page_tokens, context=10_000)
+    samples = Samples(page_tokens=config.page_tokens, context=10_000)
     if pool is None:
         pool = PagePool(0)
         pool.grow(num_pages)
     scheduler = Scheduler(samples, pool, config, version=version)
+    for job in samples.add(requests):
+        scheduler.add(job)
     steps = []
     while scheduler.has_work:
         step = scheduler.schedule()
         check_step(step, samples, pool, config)
         rows = step.drawing
-        samples.record(rows, rows.copy(), np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32))
+        zeros = np.zeros(len(rows), np.float32)
+        samples.record(rows, rows.copy(), zeros, zeros, version)
         copies = scheduler.commit(step)
         steps.append((step, copies))
         assert len(steps) < 10_000, "no progress"
