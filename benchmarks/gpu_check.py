@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, rows
+from benchmarks.gpu import attention, matmul, quantized, rows, sampling
 from benchmarks.gpu.measure import DEVICE, Timing, made, time_ms
 from rlhf.kernels import gpu, native
 
-OPERATIONS = (rows, attention)
+OPERATIONS = (rows, attention, matmul, quantized, sampling)
 
 
 def ceilings() -> dict[str, float]:

@@ -70,17 +70,33 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    g, u = _rows(gate), _rows(up)
+    gate, up, layout = _layout(gate, up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
-    run = native.function("activation", "swiglu_forward", "pppiiiiii")
-    run(*(t.data_ptr() for t in (g, u, out)), *_layout(g, u))
+    native.function("activation", "swiglu_forward", "pppiiiiii")(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), *layout
+    )
     return out
 
 
-def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
-    """What activation.cpp wants to know of two tables of rows."""
-    is_bf16 = gate.dtype == torch.bfloat16
-    return *gate.shape, gate.stride(0), up.stride(0), is_bf16, worth(gate.numel())
+def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Both with rows that activation.cpp can step through, and what it wants to know of them."""
+    width, count = gate.shape[-1], gate.numel()
+    of_gate, of_up = _row_step(gate), _row_step(up)
+    if of_gate is None:
+        gate, of_gate = gate.contiguous(), width
+    if of_up is None:
+        up, of_up = up.contiguous(), width
+    return gate, up, (count // width, width, of_gate, of_up, gate.dtype == torch.bfloat16, worth(count))
+
+
+def _row_step(x: torch.Tensor) -> int | None:
+    """How far a row of x (..., I) lies from the one before it; None where that differs or rows are torn apart."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    *before, step, inner = x.stride() if x.dim() > 1 else (0, *x.stride())
+    if inner != 1 or any(at != step * math.prod(x.shape[i + 1 : -1]) for i, at in enumerate(before)):
+        return None
+    return step
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -92,11 +108,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        g, u, grad = _rows(gate), _rows(up), grad.contiguous()
+        gate, up, layout = _layout(*ctx.saved_tensors)
+        grad = grad.contiguous()
         to_gate, to_up = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (gate, up))
-        run = native.function("activation", "swiglu_backward", "pppppiiiiii")
-        run(*(t.data_ptr() for t in (g, u, grad, to_gate, to_up)), *_layout(g, u))
+        native.function("activation", "swiglu_backward", "pppppiiiiii")(
+            *(x.data_ptr() for x in (gate, up, grad, to_gate, to_up)), *layout
+        )
         return to_gate, to_up
 
 

@@ -1,5 +1,5 @@
 // Causal attention of single query rows to their keys: the native form of kernels/attention.py on a CPU. Arithmetic is
-// in fp32; keys and values may be bf16.
+// in fp32; keys and values may be bf16, or in pages int8 or fp8 (e4m3) with a scale for each position and head.
 //
 // A row's result is a function of its own q and of the k and v at its own positions, bit for bit: every row runs the
 // same instructions over the same absolute blocks of 16 positions, whatever else is in the call and on however many
@@ -37,11 +37,100 @@ inline Lanes sums_of(const Lanes* rows) {
   return __builtin_shuffle(c[0], c[1], even) + __builtin_shuffle(c[0], c[1], odd);
 }
 
-// Where the keys and values of one sequence and one head lie, position by position.
+struct Int8 {
+  int8_t bits;
+};
+
+struct Fp8 {  // e4m3 without infinities
+  uint8_t bits;
+};
+
+// GCC widens bytes one by one unless they become halves first.
+template <typename Half, typename Bytes>
+inline Ints widened(Bytes bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, typename Vector<Half, kLanes>::Type), Ints);
+}
+
+// Sixteen numbers as they are, each exact in fp32.
+inline Lanes load(const Int8* from) {
+  Vector<int8_t, kLanes>::Type bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(widened<int16_t>(bytes), Lanes);
+}
+
+inline Lanes load(const Fp8* from) {
+  Vector<uint8_t, kLanes>::Type bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  const Ints words = widened<uint16_t>(bytes);
+  const Ints normal = ((words & 0x7F) << 20) + (120 << 23);  // the exponent's bias is 7 there, 127 here
+  Lanes x;
+  std::memcpy(&x, &normal, sizeof x);
+  x = (words & 0x78) == 0 ? __builtin_convertvector(words & 7, Lanes) * 0x1p-9f : x;
+  return (words & 0x80) != 0 ? -x : x;
+}
+
+// Rounded to the nearest, ties to even; |x| is at most the format's largest number.
+inline Ints nearest(Lanes x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_rintf(x[i]);  // an addition could be fused with the product before it
+  return __builtin_convertvector(x, Ints);
+}
+
+inline void store(Int8* to, Lanes x) {
+  const auto bytes = __builtin_convertvector(nearest(x), Vector<int8_t, kLanes>::Type);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+inline void store(Fp8* to, Lanes x) {
+  Ints bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Ints sign = (bits >> 24) & 0x80;
+  bits = bits & 0x7FFFFFFF;
+  Lanes size;
+  std::memcpy(&size, &bits, sizeof size);
+  const Ints normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+  const Ints code = size < 0x1p-6f ? nearest(size * 0x1p9f) : normal;
+  const auto bytes = __builtin_convertvector(code | sign, Vector<uint8_t, kLanes>::Type);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+// Numbers that are to be multiplied by a scale.
 template <typename T>
+struct Scaled {
+  const T* at;
+  float scale;
+  Scaled operator+(int64_t n) const { return {at + n, scale}; }
+};
+
+template <typename T>
+inline Lanes load(Scaled<T> from) {
+  return load(from.at) * from.scale;
+}
+
+// What a `P`, a pointer or `Scaled`, points to, and how one is made.
+template <typename P>
+struct Place;
+
+template <typename T>
+struct Place<const T*> {
+  typedef T Number;
+  static const T* at(const void* numbers, const float*, int64_t number, int64_t) {
+    return static_cast<const T*>(numbers) + number;
+  }
+};
+
+template <typename T>
+struct Place<Scaled<T>> {
+  typedef T Number;
+  static Scaled<T> at(const void* numbers, const float* scales, int64_t number, int64_t row) {
+    return {static_cast<const T*>(numbers) + number, scales[row]};
+  }
+};
+
+// Where the keys and values of one sequence and one head lie, position by position.
+template <typename P>
 struct Sequence {
-  const T* const* keys;
-  const T* const* values;
+  const P* keys;
+  const P* values;
 };
 
 // The positions that a query row sees, in blocks of 16.
@@ -104,11 +193,11 @@ inline void each_block(const Rows& rows, Function run) {
 }
 
 // Products of x with the rows of a block's positions; what lies beyond [low, last] repeats its nearest row.
-template <typename T, int kVectors>
-inline Lanes products(const Lanes* x, const T* const* at, int64_t begin, int64_t low, int64_t last) {
+template <typename P, int kVectors>
+inline Lanes products(const Lanes* x, const P* at, int64_t begin, int64_t low, int64_t last) {
   Lanes of_row[kBlock];
   for (int i = 0; i < kBlock; ++i) {
-    const T* row = at[std::clamp(begin + i, low, last)];
+    const P row = at[std::clamp(begin + i, low, last)];
     Lanes product = {};  // every term is added in one rounding, the first to 0
     for (int d = 0; d < kVectors; ++d) product = product + x[d] * load(row + d * kBlock);
     of_row[i] = product;
@@ -133,8 +222,8 @@ inline void exchange(Lanes* rows) {
 }
 
 // columns[d], lane i: number d of the row of position begin + i.
-template <typename T, int kVectors>
-inline void columns_of(const T* const* at, int64_t begin, int64_t low, int64_t last, Lanes* columns) {
+template <typename P, int kVectors>
+inline void columns_of(const P* at, int64_t begin, int64_t low, int64_t last, Lanes* columns) {
   for (int d = 0; d < kVectors; ++d) {
     Lanes* rows = columns + d * kBlock;
     for (int i = 0; i < kBlock; ++i) rows[i] = load(at[std::clamp(begin + i, low, last)] + d * kBlock);
@@ -165,8 +254,8 @@ __attribute__((always_inline)) inline void products_of(const float* const* x, co
 }
 
 // Products of every row's x (its query or its grad) with what lies at the positions of the blocks that it sees.
-template <typename T, int kVectors>
-void all_products(const Rows& rows, const float* Row::* x, const T* const* at, Table& out) {
+template <typename P, int kVectors>
+void all_products(const Rows& rows, const float* Row::* x, const P* at, Table& out) {
   constexpr size_t kWorthColumns = 8;  // rows
   if (rows.size() < kWorthColumns) {
     for (size_t r = 0; r < rows.size(); ++r) {
@@ -175,14 +264,14 @@ void all_products(const Rows& rows, const float* Row::* x, const T* const* at, T
       for (int d = 0; d < kVectors; ++d) own[d] = load(rows[r].*x + d * kBlock);
       for (int64_t block = range.from; block < range.to; ++block)
         store(out.of(r) + block * kBlock,
-              products<T, kVectors>(own, at, block * kBlock, range.low(block), range.last(block)));
+              products<P, kVectors>(own, at, block * kBlock, range.low(block), range.last(block)));
     }
     return;
   }
   each_block(rows, [&](int64_t block, size_t first, size_t end) {
     const int64_t begin = block * kBlock;
     Lanes columns[kVectors * kBlock];
-    columns_of<T, kVectors>(at, begin, rows[first].range.low(block), rows[end - 1].range.last(block), columns);
+    columns_of<P, kVectors>(at, begin, rows[first].range.low(block), rows[end - 1].range.last(block), columns);
     constexpr int kRows = 4;
     size_t r = first;
     Lanes sums[kRows];
@@ -225,8 +314,8 @@ float probabilities(const Row& row, float scale, float* probs, float* sink_prob)
 }
 
 // chains[position & 1][r] += weights[position] at[position] for the positions of one row in [from, to).
-template <typename T, int kVectors, int kRows>
-inline void add_alone(const T* const* at, const float* weights, int64_t from, int64_t to, int r,
+template <typename P, int kVectors, int kRows>
+inline void add_alone(const P* at, const float* weights, int64_t from, int64_t to, int r,
                       Lanes (*chains)[kRows][kVectors]) {
   for (int64_t position = from; position < to; ++position)
     for (int d = 0; d < kVectors; ++d) {
@@ -237,15 +326,15 @@ inline void add_alone(const T* const* at, const float* weights, int64_t from, in
 
 // sums[r] = sum over positions of weights[r][position] at[position] for kRows rows from `row` on, even and odd
 // positions apart. Positions that all of them see are gone through together.
-template <typename T, int kVectors, int kRows>
-inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const T* const* at, Lanes (*sums)[kVectors]) {
+template <typename P, int kVectors, int kRows>
+inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const P* at, Lanes (*sums)[kVectors]) {
   const int64_t from = rows[row + kRows - 1].range.first, to = std::max(from, rows[row].range.at + 1);
   Lanes edges[2][kRows][kVectors] = {};
   const float* own[kRows];
   for (int r = 0; r < kRows; ++r) {
     own[r] = weights.of(row + r);
     const Range& range = rows[row + r].range;
-    add_alone<T, kVectors, kRows>(at, own[r], range.first, std::min(from, range.at + 1), r, edges);
+    add_alone<P, kVectors, kRows>(at, own[r], range.first, std::min(from, range.at + 1), r, edges);
   }
   Lanes chains[2][kRows][kVectors];
   std::memcpy(chains, edges, sizeof chains);
@@ -264,37 +353,37 @@ inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const T*
   if (position < to) add(0, position);
   std::memcpy(edges, chains, sizeof chains);
   for (int r = 0; r < kRows; ++r) {
-    add_alone<T, kVectors, kRows>(at, own[r], std::max(to, rows[row + r].range.first), rows[row + r].range.at + 1, r,
+    add_alone<P, kVectors, kRows>(at, own[r], std::max(to, rows[row + r].range.first), rows[row + r].range.at + 1, r,
                                   edges);
     for (int d = 0; d < kVectors; ++d) sums[r][d] = edges[0][r][d] + edges[1][r][d];
   }
 }
 
 // Calls `done` with each row's number and its weighted sum.
-template <typename T, int kVectors, typename Function>
-void each_weighted_sum(const Rows& rows, Table& weights, const T* const* at, Function done) {
+template <typename P, int kVectors, typename Function>
+void each_weighted_sum(const Rows& rows, Table& weights, const P* at, Function done) {
   constexpr int kMost = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;  // rows whose sums the registers hold
   Lanes sums[kMost][kVectors];
   size_t row = 0;
   for (; row + kMost <= rows.size(); row += kMost) {
-    weighted_sums<T, kVectors, kMost>(rows, row, weights, at, sums);
+    weighted_sums<P, kVectors, kMost>(rows, row, weights, at, sums);
     for (int r = 0; r < kMost; ++r) done(row + r, sums[r]);
   }
   for (; row < rows.size(); ++row) {
-    weighted_sums<T, kVectors, 1>(rows, row, weights, at, sums);
+    weighted_sums<P, kVectors, 1>(rows, row, weights, at, sums);
     done(row, sums[0]);
   }
 }
 
-template <typename T, int kVectors>
-void attend_rows(Work& work, const Sequence<T>& s, float scale) {
+template <typename P, int kVectors>
+void attend_rows(Work& work, const Sequence<P>& s, float scale) {
   Rows& rows = work.rows;
   work.probs.fit(rows);
-  all_products<T, kVectors>(rows, &Row::query, s.keys, work.probs);
+  all_products<P, kVectors>(rows, &Row::query, s.keys, work.probs);
   float inverse[kMostRows], sink_prob;
   for (size_t r = 0; r < rows.size(); ++r)
     inverse[r] = 1.0f / probabilities(rows[r], scale, work.probs.of(r), &sink_prob);
-  each_weighted_sum<T, kVectors>(rows, work.probs, s.values, [&](size_t r, const Lanes* sum) {
+  each_weighted_sum<P, kVectors>(rows, work.probs, s.values, [&](size_t r, const Lanes* sum) {
     for (int d = 0; d < kVectors; ++d) store(rows[r].out + d * kBlock, sum[d] * inverse[r]);
   });
 }
@@ -327,12 +416,12 @@ void add_weighted(const Rows& rows, const float* Row::* x, Table& weights, float
 // With p the probabilities, g the gradient of the output and c = sum_j p_j (g v_j): dv_j += p_j g,
 // ds_j = p_j (g v_j - c) scale, dq = sum_j ds_j k_j, dk_j += ds_j q; the sink's is -p_sink c.
 template <int kVectors>
-void rows_gradients(Work& work, const Sequence<float>& s, float scale, float* const* dk, float* const* dv) {
+void rows_gradients(Work& work, const Sequence<const float*>& s, float scale, float* const* dk, float* const* dv) {
   Rows& rows = work.rows;
   work.probs.fit(rows);
   work.slopes.fit(rows);
-  all_products<float, kVectors>(rows, &Row::query, s.keys, work.probs);
-  all_products<float, kVectors>(rows, &Row::grad, s.values, work.slopes);
+  all_products<const float*, kVectors>(rows, &Row::query, s.keys, work.probs);
+  all_products<const float*, kVectors>(rows, &Row::grad, s.values, work.slopes);
   for (size_t r = 0; r < rows.size(); ++r) {
     const Range& range = rows[r].range;
     float *probs = work.probs.of(r), *slopes = work.slopes.of(r), sink_prob;
@@ -354,7 +443,7 @@ void rows_gradients(Work& work, const Sequence<float>& s, float scale, float* co
   }
   add_weighted<kVectors>(rows, &Row::grad, work.probs, dv);
   add_weighted<kVectors>(rows, &Row::query, work.slopes, dk);
-  each_weighted_sum<float, kVectors>(rows, work.slopes, s.keys, [&](size_t r, const Lanes* sum) {
+  each_weighted_sum<const float*, kVectors>(rows, work.slopes, s.keys, [&](size_t r, const Lanes* sum) {
     for (int d = 0; d < kVectors; ++d) store(rows[r].dq + d * kBlock, sum[d]);
   });
 }
@@ -394,11 +483,13 @@ struct AttentionCall {
   float* dq;                     // (tokens, query heads, dim)
   float* dk;                     // (tokens, heads, dim), zeros at first
   float* dv;
-  float* dsinks;  // (tokens, query heads)
+  float* dsinks;          // (tokens, query heads)
+  const float* k_scales;  // of int8 and fp8: (P, heads, page)
+  const float* v_scales;
   int64_t sequences, heads, group, dim, q_token, k_token, v_token, table_width, page_tokens;
   int64_t window;  // 0: none
   int64_t threads;
-  int64_t is_bf16;  // k and v
+  int64_t numbers;  // k and v: 0 fp32, 1 bf16; in pages 2 int8, 3 fp8
   float scale;
 };
 }
@@ -411,15 +502,14 @@ int64_t row_of(const AttentionCall& c, int64_t n, int64_t p) {
   return p < prefix ? c.prefix_starts[n] + p : c.starts[n] + p - prefix;
 }
 
-// Calls `run` with each page of a sequence: where its part of one head begins, and its first position and the one after
-// its last.
+// Calls `run` with each page of a sequence: the row where its part of one head begins, and its first position and the
+// one after its last.
 template <typename Function>
 void each_page(const AttentionCall& c, int64_t n, int64_t head, Function run) {
   const int64_t* pages = c.page_table + n * c.table_width;
   for (int64_t page = 0; page * c.page_tokens < c.context_lens[n]; ++page) {
     const int64_t begin = page * c.page_tokens;
-    run((pages[page] * c.heads + head) * c.page_tokens * c.dim, begin,
-        std::min(c.context_lens[n], begin + c.page_tokens));
+    run((pages[page] * c.heads + head) * c.page_tokens, begin, std::min(c.context_lens[n], begin + c.page_tokens));
   }
 }
 
@@ -429,34 +519,33 @@ template <typename T>
 void fetch(const AttentionCall& c, int64_t n, int64_t head) {
   constexpr int64_t kLine = 64 / sizeof(T), kMost = 4096;  // of a page: what follows is found by the machine itself
   const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
-  each_page(c, n, head, [&](int64_t at, int64_t begin, int64_t end) {
+  each_page(c, n, head, [&](int64_t row, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < std::min((end - begin) * c.dim, kMost); i += kLine) {
-      __builtin_prefetch(k + at + i);
-      __builtin_prefetch(v + at + i);
+      __builtin_prefetch(k + row * c.dim + i);
+      __builtin_prefetch(v + row * c.dim + i);
     }
   });
 }
 
-// Addresses of a sequence's positions under one head; made once for all its queries.
-template <typename T>
-struct Addresses {
-  std::vector<const T*> keys, values;
-  explicit Addresses(int64_t longest) : keys(longest), values(longest) {}
+// Places of a sequence's positions under one head; made once for all its queries.
+template <typename P>
+struct Places {
+  std::vector<P> keys, values;
+  explicit Places(int64_t longest) : keys(longest), values(longest) {}
 
-  Sequence<T> of(const AttentionCall& c, int64_t n, int64_t head) {
-    const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
+  Sequence<P> of(const AttentionCall& c, int64_t n, int64_t head) {
     const int64_t length = c.context_lens[n];
     if (c.page_table) {
-      each_page(c, n, head, [&](int64_t at, int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-          keys[p] = k + at + (p - begin) * c.dim;
-          values[p] = v + at + (p - begin) * c.dim;
+      each_page(c, n, head, [&](int64_t row, int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p, ++row) {
+          keys[p] = Place<P>::at(c.k, c.k_scales, row * c.dim, row);
+          values[p] = Place<P>::at(c.v, c.v_scales, row * c.dim, row);
         }
       });
     } else {
       for (int64_t p = 0; p < length; ++p) {
-        keys[p] = k + row_of(c, n, p) * c.k_token + head * c.dim;
-        values[p] = v + row_of(c, n, p) * c.v_token + head * c.dim;
+        keys[p] = Place<P>::at(c.k, nullptr, row_of(c, n, p) * c.k_token + head * c.dim, 0);
+        values[p] = Place<P>::at(c.v, nullptr, row_of(c, n, p) * c.v_token + head * c.dim, 0);
       }
     }
     return {keys.data(), values.data()};
@@ -498,7 +587,7 @@ void rows_of(const AttentionCall& c, const Piece& piece, int64_t head, Rows& row
   }
 }
 
-template <typename T, typename Function>
+template <typename P, typename Function>
 int attend(const AttentionCall& c, Function attend_them) {
   if (!attend_them || c.group > kMostRows) return 1;
   if (!c.sequences) return 0;
@@ -510,14 +599,15 @@ int attend(const AttentionCall& c, Function attend_them) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Work own;
-    Addresses<T> addresses(longest);
+    Places<P> places(longest);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t item = 0; item < work; ++item) {
       const Piece& piece = pieces[item / c.heads];
       const int64_t head = item % c.heads;
-      if (c.page_table && item + 1 < work) fetch<T>(c, pieces[(item + 1) / c.heads].sequence, (item + 1) % c.heads);
+      if (c.page_table && item + 1 < work)
+        fetch<typename Place<P>::Number>(c, pieces[(item + 1) / c.heads].sequence, (item + 1) % c.heads);
       rows_of(c, piece, head, own.rows);
-      attend_them(own, addresses.of(c, piece.sequence, head), c.scale);
+      attend_them(own, places.of(c, piece.sequence, head), c.scale);
     }
   }
   return 0;
@@ -528,14 +618,16 @@ int attend(const AttentionCall& c, Function attend_them) {
 extern "C" {
 
 int attention_forward(const AttentionCall* c) {
-  if (c->is_bf16) return attend<Bf16>(*c, FOR_DIM(c->dim, attend_rows, Bf16, ));
-  return attend<float>(*c, FOR_DIM(c->dim, attend_rows, float, ));
+  if (c->numbers == 3) return attend<Scaled<Fp8>>(*c, FOR_DIM(c->dim, attend_rows, Scaled<Fp8>, ));
+  if (c->numbers == 2) return attend<Scaled<Int8>>(*c, FOR_DIM(c->dim, attend_rows, Scaled<Int8>, ));
+  if (c->numbers == 1) return attend<const Bf16*>(*c, FOR_DIM(c->dim, attend_rows, const Bf16*, ));
+  return attend<const float*>(*c, FOR_DIM(c->dim, attend_rows, const float*, ));
 }
 
 // Packed fp32 only. A sequence that others go on from has keys that several of them change: then one thread has a head.
 int attention_backward(const AttentionCall* c) {
   const auto add_gradients = FOR_DIM(c->dim, rows_gradients, );
-  if (!add_gradients || c->is_bf16 || c->page_table || c->group > kMostRows) return 1;
+  if (!add_gradients || c->numbers || c->page_table || c->group > kMostRows) return 1;
   if (!c->sequences) return 0;
   const int64_t parts = c->prefix_starts ? 1 : c->sequences, work = parts * c->heads, longest = longest_of(*c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c->threads, work)));
@@ -543,12 +635,12 @@ int attention_backward(const AttentionCall* c) {
   {
     Work own;
     std::vector<float*> dk(longest), dv(longest);
-    Addresses<float> addresses(longest);
+    Places<const float*> places(longest);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < work; ++item) {
       const int64_t head = item % c->heads, part = item / c->heads;
       for (int64_t n = c->prefix_starts ? 0 : part; n < (c->prefix_starts ? c->sequences : part + 1); ++n) {
-        const Sequence<float> s = addresses.of(*c, n, head);
+        const Sequence<const float*> s = places.of(*c, n, head);
         for (int64_t p = 0; p < c->context_lens[n]; ++p) {
           const int64_t place = (row_of(*c, n, p) * c->heads + head) * c->dim;
           dk[p] = c->dk + place;
@@ -570,5 +662,58 @@ void write_rows(const char* from, const int64_t* rows, char* to, int64_t tokens,
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t h = 0; h < heads; ++h)
       std::memcpy(to + rows[t * heads + h] * bytes, from + t * from_token + h * bytes, bytes);
+}
+}
+
+namespace {
+
+// A row of `dim` numbers as T, the largest of them as `most`, and the scale that gives them back.
+template <typename From, typename T>
+float quantise(const From* from, T* to, int64_t dim, float most, float inverse) {
+  Lanes top = {};
+  Ints wrong = {};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Lanes x = load(from + d), size = x < 0 ? -x : x;
+    top = size > top ? size : top;
+    wrong |= (x - x) != 0;  // infinite or not a number
+  }
+  float largest = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    if (wrong[i]) largest = std::numeric_limits<float>::quiet_NaN();
+    if (top[i] > largest) largest = top[i];
+  }
+  const float factor = most / std::max(1e-30f, largest);
+  for (int64_t d = 0; d < dim; d += kLanes) store(to + d, largest == largest ? load(from + d) * factor : Lanes{});
+  return largest * inverse;
+}
+
+template <typename From, typename T>
+void write_quantised_rows(const From* from, const int64_t* rows, T* to, float* scales, int64_t tokens, int64_t heads,
+                          int64_t from_token, int64_t dim, float most, float inverse) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t row = rows[t * heads + h];
+      scales[row] = quantise(from + t * from_token + h * dim, to + row * dim, dim, most, inverse);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `write_rows` of fp32 or bf16 numbers into rows of `dim` int8 or fp8 numbers, a multiple of 16, and their scales.
+void write_quantised(const void* from, const int64_t* rows, void* to, float* scales, int64_t tokens, int64_t heads,
+                     int64_t from_token, int64_t dim, int64_t is_bf16, int64_t is_fp8, float most, float inverse) {
+  const auto write = [&](auto x, auto y) {
+    write_quantised_rows(x, rows, y, scales, tokens, heads, from_token, dim, most, inverse);
+  };
+  const auto *wide = static_cast<const float*>(from);
+  const auto *half = static_cast<const Bf16*>(from);
+  auto *fp8 = static_cast<Fp8*>(to);
+  auto *int8 = static_cast<Int8*>(to);
+  if (is_bf16 && is_fp8) write(half, fp8);
+  else if (is_bf16) write(half, int8);
+  else if (is_fp8) write(wide, fp8);
+  else write(wide, int8);
 }
 }

@@ -30,19 +30,27 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.kv import PAGE_STEP, QUANTISED, KvScales, as_bytes, check_pages
 from rlhf.kernels.layout import compute_dtype, heads_together, wide
 from rlhf.kernels.threads import serial
 
 ROW_STEP = 4  # query rows of one product are padded to a multiple of this
-KEY_STEP = 16  # keys are padded to a multiple of this
+KEY_STEP = PAGE_STEP  # keys are padded to a multiple of this
 TILE = 128  # probabilities x values is summed over tiles of this many positions
 _MASKED = -1e30
+_NOWHERE = 1 << 40  # a position after all others
 _MAX_QUERIES = 256  # longest run of one sequence's queries in one product
 _MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 queries has more
 _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
 _NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
+_NATIVE_NUMBERS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.float8_e4m3fn: 3,
+}  # keys and values there
 _FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
 _LARGEST_TRITON_HEAD, _MOST_TRITON_GROUP = 256, 64
 _MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
@@ -59,10 +67,12 @@ class Block:
     num_queries: int  # R
     num_keys: int  # L
     query_rows: torch.Tensor  # (S*Hkv*R*G,) int64, rows of q seen as a table of rows of D
-    padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad
+    padding: torch.Tensor | None  # (S*Hkv, R*G, 1) fp32, 0 at rows that only pad or see no key
+    has_blind: bool  # whether a row may see no key
     run: int  # positions of one head that are gathered together
     key_rows: torch.Tensor  # (S*Hkv*L / run,) int64, rows of k and v seen as such runs
     query_at: torch.Tensor  # (S or 1, 1, R or 1, 1, 1) int64, a query's position counted from the first key
+    key_at: torch.Tensor  # (S or 1, 1, 1, 1, L) int64, a key's, counted likewise
     window: int | None
     mask: torch.Tensor | None  # kept where it is small
 
@@ -70,7 +80,7 @@ class Block:
         """(S or 1, 1, R or 1, 1, L) fp32, 0 where a query may see a key."""
         if self.mask is not None:
             return self.mask
-        return _mask(self.query_at, self.num_keys, self.window)
+        return _mask(self.query_at, self.key_at, self.window)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,11 @@ class Plan:
 
     q may end with `num_repeats` more rows, copies of its last token that only fill a bucket of rows: N' = N +
     num_repeats, and their outputs are the last token's.
+
+    `block_mask`, bool (Qb, Kb) or one for each sequence (S, Qb, Kb), says which blocks of `block` positions see each
+    other: a query at position p sees a key at position j <= p only where [p // block, j // block] is True. All heads share
+    it. What is False is not computed. A query that sees no key at all has output 0 and passes no gradient on. Dao et al. 2022,
+    arXiv 2205.14135, section 3.3. Raises ValueError for what does not fit together.
     """
 
     def __init__(
@@ -106,6 +121,8 @@ class Plan:
         page_tokens: int | None = None,
         prefix_starts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         num_repeats: int = 0,
+        block_mask: np.ndarray | torch.Tensor | None = None,
+        block: int = TILE,
         device: torch.device | str = "cpu",
     ) -> None:
         self.query_lens, self.context_lens = _ints(query_lens), _ints(context_lens)
@@ -124,10 +141,22 @@ class Plan:
             "page_table": self.page_table,
             "prefix_starts": self.prefix_starts,
         }
+        if self.query_lens.ndim != 1 or self.query_lens.shape != self.context_lens.shape:
+            raise ValueError(
+                f"query_lens {self.query_lens.shape} and context_lens {self.context_lens.shape} must be (S,) both"
+            )
+        for name, given, ndim in (
+            ("page_table", self.page_table, 2),
+            ("prefix_starts", self.prefix_starts, 1),
+        ):
+            if given is not None and (given.ndim != ndim or len(given) != len(self.query_lens)):
+                raise ValueError(f"{name} {given.shape} for {len(self.query_lens)} sequences")
         if (self.query_lens < 1).any() or (self.context_lens < self.query_lens).any():
             raise ValueError(
                 "every sequence needs at least one query and a context that ends with its queries"
             )
+        self.block = block
+        self.block_mask = None if block_mask is None else self._checked(block_mask)
         if self.prefix_starts is not None:
             if self.page_table is not None:
                 raise ValueError("prefix_starts and page_table both say where a context begins; give one")
@@ -144,13 +173,52 @@ class Plan:
                 f"{self.page_table.shape[1]} pages of {page_tokens} tokens"
             )
 
+    def _checked(self, block_mask: np.ndarray | torch.Tensor) -> np.ndarray:
+        """(S, Qb, Kb) bool."""
+        mask = np.asarray(block_mask.cpu() if isinstance(block_mask, torch.Tensor) else block_mask)
+        longest, num_sequences = int(self.context_lens.max(initial=0)), len(self.context_lens)
+        if self.block < TILE or self.block % TILE:
+            raise ValueError(f"block={self.block} must be a multiple of {TILE} positions")
+        if mask.dtype != bool or mask.ndim not in (2, 3) or mask.ndim == 3 and len(mask) != num_sequences:
+            raise ValueError(
+                f"block_mask {mask.shape} {mask.dtype} must be bool (Qb, Kb) or ({num_sequences}, Qb, Kb)"
+            )
+        if min(mask.shape[-2:]) * self.block < longest:
+            raise ValueError(
+                f"block_mask {mask.shape} of blocks of {self.block} does not reach over a context of {longest} positions"
+            )
+        if self.prefix_starts is not None:
+            raise ValueError(
+                "block_mask with prefix_starts is not served; give every sequence its own prefix"
+            )
+        return np.broadcast_to(mask, (num_sequences, *mask.shape[-2:]))
+
     @functools.cached_property
-    def last_page(self) -> int:
-        """The largest number of a page that a context lies in; -1 without pages."""
+    def page_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of a page that a context lies in; (0, -1) without pages."""
         if self.page_table is None or not len(self.context_lens):
-            return -1
+            return 0, -1
         used = -(-self.context_lens // self.page_tokens)
-        return int(self.page_table[np.arange(self.page_table.shape[1]) < used[:, None]].max())
+        pages = self.page_table[np.arange(self.page_table.shape[1]) < used[:, None]]
+        return int(pages.min()), int(pages.max())
+
+    def query_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sequence, first query, number of queries) of runs that one row of the block mask serves; whole sequences
+        without one."""
+        if self.block_mask is None:
+            return np.arange(len(self.query_lens)), np.zeros_like(self.query_lens), self.query_lens
+        before = self.context_lens - self.query_lens
+        first_block = before // self.block
+        seq, number = counted((self.context_lens - 1) // self.block - first_block + 1)
+        start = (first_block[seq] + number) * self.block - before[seq]  # a query
+        first = np.maximum(start, 0)
+        return seq, first, np.minimum(start + self.block, self.query_lens[seq]) - first
+
+    def visible_tiles(self, seq: int, position: int, key_from: int, key_end: int) -> np.ndarray:
+        """Of the tiles of TILE positions between two, the first multiple of TILE, those that a query may see."""
+        row = self.block_mask[seq, position // self.block]
+        tiles = np.arange(key_from // TILE, -(-key_end // TILE))
+        return tiles[row[tiles * TILE // self.block]]
 
     def layout(
         self, num_kv_heads: int, group: int, window: int | None, token_rows: int | None = None
@@ -170,6 +238,13 @@ class Plan:
         )
         padded = _round_up(count, ROW_STEP // np.gcd(ROW_STEP, group))
         keys = _round_up(start_at + count - key_from, KEY_STEP)
+        tiles: list[np.ndarray] | None = None
+        if self.block_mask is not None:
+            ends = start_at + count
+            tiles = [self.visible_tiles(*piece) for piece in zip(seq, start_at, key_from, ends)]
+            over = [t[-1] * TILE + TILE - end if len(t) else 0 for t, end in zip(tiles, ends)]
+            lens = np.asarray([len(t) for t in tiles], np.int64) * TILE - np.maximum(over, 0)
+            keys, key_from = _round_up(np.maximum(lens, 1), KEY_STEP), np.zeros_like(key_from)
         blocks: list[Block] = []
         output_rows = np.empty((self.num_tokens + self.num_repeats) * heads * group, np.int64)
         offset = 0
@@ -189,7 +264,17 @@ class Plan:
             query_at = self._tensor(at[:, None, :, None, None])
             if (count[members] == 1).all():
                 query_at = query_at[:, :, :1]
-            run, key_rows = self._key_rows(seq[members], key_from[members], width, heads)
+            key_at = self._tensor(np.arange(width)[None])
+            key_places = key_from[members, None] + np.arange(width)[None]
+            if tiles is not None:
+                key_places = _places([tiles[i] for i in members], width)
+                key_at = self._tensor(key_places)
+            key_at = key_at[:, None, None, None]
+            mask = _mask(query_at, key_at, window)
+            if tiles is not None:
+                sees = (mask == 0).any(-1, keepdim=True).expand(len(members), 1, rows, 1, 1).cpu().numpy()
+                valid = valid & sees[..., 0]
+            run, key_rows = self._key_rows(seq[members], key_places, width, heads)
             blocks.append(
                 Block(
                     num_pieces=len(members),
@@ -197,13 +282,15 @@ class Plan:
                     num_keys=width,
                     query_rows=self._tensor(query_rows.ravel()),
                     padding=None
-                    if real.all()
+                    if valid.all()
                     else self._tensor(valid.astype(np.float32).reshape(len(members) * heads, -1, 1)),
+                    has_blind=tiles is not None,
                     run=run,
                     key_rows=self._tensor(key_rows.ravel()),
                     query_at=query_at,
+                    key_at=key_at,
                     window=window,
-                    mask=_mask(query_at, width, window) if query_at.numel() * width <= _MASK_KEPT else None,
+                    mask=mask if mask.numel() <= _MASK_KEPT else None,
                 )
             )
         by_token = output_rows.reshape(-1, heads * group)
@@ -219,36 +306,39 @@ class Plan:
             return whole, np.zeros_like(whole), self.query_lens
         longest = int(self.context_lens[self.query_lens > 1].max(initial=1))
         size = int(np.clip(_MAX_SCORES // (num_heads * longest), 16, _MAX_QUERIES)) // 16 * 16
-        pieces = -(-self.query_lens // size)
-        seq = np.repeat(np.arange(len(pieces)), pieces)
-        first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
-        return seq, first, np.minimum(self.query_lens[seq] - first, size)
+        return self.pieces(size)
+
+    def pieces(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sequence, first query, number of queries) of the runs, cut into pieces of at most `size` queries."""
+        seq, first, count = self.query_runs()
+        run, number = counted(-(-count // size))
+        return seq[run], first[run] + number * size, np.minimum(count[run] - number * size, size)
 
     def _key_rows(
-        self, seq: np.ndarray, key_from: np.ndarray, width: int, heads: int
+        self, seq: np.ndarray, places: np.ndarray, width: int, heads: int
     ) -> tuple[int, np.ndarray]:
-        """The length of a run and (S, Hkv, L / run) rows of the key table; beyond the context, the last row
-        of the context again.
+        """The length of a run and (S, Hkv, L / run) rows of the key table for keys at `places` (S, L) of their sequences;
+        beyond the context, the last row of the context again.
         """
         last = self.context_lens[seq, None] - 1
         head = np.arange(heads)[:, None]
         if self.page_table is None:
-            position = np.minimum(key_from[:, None] + np.arange(width), last)
+            position = np.minimum(places, last)
             own = position - (self.context_lens - self.query_lens)[seq, None]
             token = self.starts[seq, None] + own
             if self.prefix_starts is not None:
                 token = np.where(own < 0, self.prefix_starts[seq, None] + position, token)
             return 1, token[:, None] * heads + head
-        whole = width <= self.page_tokens and not key_from.any()  # one run, the beginning of a page
-        run = width if whole else math.gcd(width, self.page_tokens, TILE)
+        whole = width <= self.page_tokens and self.block_mask is None and not places[:, 0].any()
+        run = width if whole else math.gcd(width, self.page_tokens, TILE)  # whole: the beginning of a page
         runs = self.page_tokens // run if self.page_tokens % run == 0 else 1
-        at = np.minimum(key_from[:, None] // run + np.arange(width // run), last // run)
+        at = np.minimum(places[:, ::run] // run, last // run)
         page = np.take_along_axis(self.page_table[seq], at // runs, 1)
         return run, (page[:, None] * heads + head) * runs + (at % runs)[:, None]
 
     def _key_order(self, blocks: list[Block], heads: int, num_pieces: int) -> torch.Tensor | None:
         own_keys = self.page_table is None and self.prefix_starts is None
-        if not own_keys or num_pieces != len(self.query_lens):
+        if self.block_mask is not None or not own_keys or num_pieces != len(self.query_lens):
             return None
         rows = torch.cat([b.key_rows for b in blocks]).cpu().numpy()
         first_of_row = np.unique(rows, return_index=True)[1]  # what repeats a row after it is padding
@@ -263,6 +353,20 @@ def _ints(values: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
     """A copy of its own, without gaps in memory."""
     numbers = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     return numbers.astype(np.int64, order="C")
+
+
+def counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """0 counts[0] times, 1 counts[1] times ...; and how many of the same were before."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _places(tiles: list[np.ndarray], width: int) -> np.ndarray:
+    """(S, width) positions in the tiles, one tile after another, and then positions that nobody sees."""
+    places = np.full((len(tiles), _round_up(np.asarray(width), TILE)), _NOWHERE)
+    for row, own in zip(places, tiles):
+        row[: len(own) * TILE] = (own[:, None] * TILE + np.arange(TILE)).ravel()[: len(row)]
+    return places[:, :width]
 
 
 def _round_up(values: np.ndarray, step: int) -> np.ndarray:
@@ -310,8 +414,7 @@ def _group(
     return out
 
 
-def _mask(query_at: torch.Tensor, num_keys: int, window: int | None) -> torch.Tensor:
-    key_at = torch.arange(num_keys, device=query_at.device)
+def _mask(query_at: torch.Tensor, key_at: torch.Tensor, window: int | None) -> torch.Tensor:
     hidden = key_at > query_at
     if window is not None:
         hidden |= key_at <= query_at - window
@@ -355,61 +458,19 @@ def attend_packed(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`packed_attention` with a plan that other layers share."""
-    group = q.shape[1] // k.shape[1]
-    _check(q, k, v, plan, window)
+    _check(q, k, v, plan, window, softcap, sinks)
     if not len(q):
         return q.new_zeros(0, q.shape[1], v.shape[-1])
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
-    if is_native(q, k, v, softcap):
+    if is_native(q, k, v, plan, softcap):
         return _attend_native(q, k, v, plan, scale, window, sinks)
     if _is_triton(q, k, v):
         return _attend_triton(q, k, v, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)[0]
     table, token_rows = _table(q)
-    layout = plan.layout(k.shape[1], group, window, token_rows)
+    layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window, token_rows)
     return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
-
-
-def write_kv(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Put k, v (N, Hkv, D) of N new tokens into pages (P, Hkv, page, D); slot = page * page_tokens + place in
-    it.
-    """
-    check_slots(slots, k_pages)
-    write_rows(k_pages, v_pages, k, v, kv_rows(slots, k.shape[1], k_pages.shape[2]))
-
-
-def check_slots(slots: torch.Tensor, pages: torch.Tensor) -> None:
-    """Raise ValueError for slots (N,) that are not in the pages (P, Hkv, page, D)."""
-    places = pages.shape[0] * pages.shape[2]
-    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < places:
-        raise ValueError(
-            f"slots from {int(slots.min())} to {int(slots.max())} for pages {tuple(pages.shape)}, which have places 0 "
-            f"to {places - 1}"
-        )
-
-
-def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
-    """(N*Hkv,) rows of pages seen as (P*Hkv*page, D) for slots (N,): the same in every layer."""
-    first = slots.div(page_tokens, rounding_mode="floor") * (num_kv_heads * page_tokens) + slots.remainder(
-        page_tokens
-    )
-    return (first[:, None] + torch.arange(num_kv_heads, device=slots.device) * page_tokens).view(-1)
-
-
-def write_rows(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
-) -> None:
-    """`write_kv` with rows from `kv_rows`, of slots that `check_slots` has seen."""
-    if len(rows) != k.shape[0] * k.shape[1] or k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"{len(rows)} rows for k {tuple(k.shape)} and v {tuple(v.shape)}")
-    for pages, x in ((k_pages, k), (v_pages, v)):
-        if x.device.type == "cpu" and pages.is_contiguous() and native.library("attention") is not None:
-            _write_native(pages, x, rows)
-        else:
-            pages.view(-1, x.shape[-1]).index_copy_(0, rows, _rows(x))
 
 
 def paged_attention(
@@ -424,14 +485,19 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens to their contexts in pages; decode, prefill and chunked prefill in any mixture.
 
     q (N, Hq, D) with sequence s in [query_starts[s], query_starts[s+1]), its tokens the last of its
-    context_lens[s] positions, already written; pages (P, Hkv, page, D); page_table (S, max pages) -> (N, Hq,
-    D). No gradient. The page size does not change the result. Bitwise equal to `packed_attention` of the same
-    sequences.
+    context_lens[s] positions, already written; pages (P, Hkv, page, D), with `kv_scales` in the formats of
+    `rlhf.kernels.kv`; page_table (S, max pages) -> (N, Hq, D). No gradient. The page size does not change the result.
+    Bitwise equal to `packed_attention` of the same sequences; of int8 or fp8 pages to that of their values in fp32, but
+    that on CUDA with q in bf16 or fp16 the scales go onto scores and probabilities, which is bitwise equal to itself for
+    every cut into chunks.
     """
+    if k_pages.dim() != 4:
+        raise ValueError(f"k_pages {tuple(k_pages.shape)} must be (P, Hkv, page, D)")
     plan = Plan(
         np.diff(_ints(query_starts)),
         context_lens,
@@ -439,7 +505,10 @@ def paged_attention(
         page_tokens=k_pages.shape[2],
         device=q.device,
     )
-    return attend_paged(q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    return attend_paged(
+        q, k_pages, v_pages, plan,
+        scale=scale, window=window, softcap=softcap, sinks=sinks, kv_scales=kv_scales,
+    )  # fmt: skip
 
 
 def attend_paged(
@@ -452,41 +521,83 @@ def attend_paged(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """`paged_attention` with a plan that other layers share."""
+    check_pages(k_pages, v_pages, kv_scales)
     heads = k_pages.shape[1]
-    _check(q, k_pages, v_pages, plan, window)
+    _check(q, k_pages, v_pages, plan, window, softcap, sinks)
     if not len(q):
         return q.new_zeros(0, q.shape[1], v_pages.shape[-1])
-    if is_native(q, k_pages, v_pages, softcap):
-        return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks)
+    if is_native(q, k_pages, v_pages, plan, softcap):
+        return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks, kv_scales)
     if _is_triton(q, k_pages, v_pages):
         options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return _attend_triton(q, k_pages, v_pages, plan, **options)[0]
+        return _attend_triton(q, k_pages, v_pages, plan, kv_scales=kv_scales, **options)[0]
     with torch.no_grad():
         table, token_rows = _table(q)
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
-        out = _attend(table, k_pages, v_pages, layout, scale, softcap, sinks)
+        out = _attend(table, k_pages, v_pages, layout, scale, softcap, sinks, kv_scales)
     return out.view(*q.shape[:2], v_pages.shape[-1])
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, window: int | None) -> None:
-    """Raise ValueError for what does not fit together; k and v (N, Hkv, D) or pages (P, Hkv, page, D)."""
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for what does not fit together; k and v (N, Hkv, D), or pages (P, Hkv, page, D) that `check_pages`
+    has seen."""
+    shape, keys, values = q.shape, k.shape, v.shape
+    if len(shape) != 3 or len(keys) != (3 if plan.page_table is None else 4) or len(values) != len(keys):
+        kind = (
+            "(N, Hkv, D)"
+            if plan.page_table is None
+            else "pages (P, Hkv, page, D), as the plan has a page_table"
+        )
+        raise ValueError(
+            f"q {tuple(shape)}, k {tuple(keys)}, v {tuple(values)}: q must be (N, Hq, D), k and v {kind}"
+        )
     num_rows = plan.num_tokens + plan.num_repeats
-    if len(q) != num_rows:
-        raise ValueError(f"q {tuple(q.shape)} has {len(q)} tokens, and the plan has {num_rows}")
-    if q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    if shape[0] != num_rows:
+        raise ValueError(f"q {tuple(shape)} has {len(q)} tokens, and the plan has {num_rows}")
+    if not keys[1] or shape[1] % keys[1] or shape[2] != keys[-1] or keys[:-1] != values[:-1]:
+        shapes = f"q {tuple(shape)}, k {tuple(keys)}, v {tuple(values)}"
         raise ValueError(f"{shapes}: k and v need the same heads, which divide q's, and k q's size")
+    own, stored = q.dtype, k.dtype
+    unlike = own != stored and compute_dtype(own) != compute_dtype(stored)
+    if not own.is_floating_point or stored != v.dtype or unlike:
+        raise ValueError(
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: k and v must be alike, and fp64 meets fp64 only"
+        )
+    if len(keys) == 3 and not stored.is_floating_point:
+        raise ValueError(f"k {tuple(keys)} {k.dtype}: only pages may be quantised")
+    device = q.device
+    if not k.device == v.device == device or plan.device.type != device.type:
+        raise ValueError(
+            f"q on {device}, k on {k.device}, v on {v.device}, the plan for {plan.device}: all must be on one device"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window={window} lets a query see nothing; give 1 or more, or None")
-    if plan.page_table is None:
-        if len(k) < plan.num_tokens:
-            raise ValueError(f"k {tuple(k.shape)} has {len(k)} tokens, and the plan has {plan.num_tokens}")
-    elif k.shape[2] != plan.page_tokens or plan.last_page >= len(k):
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be above 0, or None")
+    if sinks is not None and (sinks.shape != shape[1:2] or sinks.device != device):
         raise ValueError(
-            f"pages {tuple(k.shape)} for a plan with pages of {plan.page_tokens} tokens, the last of them number "
-            f"{plan.last_page}"
+            f"sinks {tuple(sinks.shape)} on {sinks.device} for q {tuple(shape)} on {device}: one for each query head"
+        )
+    if plan.page_table is None:
+        if keys[0] < plan.num_tokens:
+            raise ValueError(f"k {tuple(keys)} has {len(k)} tokens, and the plan has {plan.num_tokens}")
+        return
+    lowest, highest = plan.page_range
+    if keys[2] != plan.page_tokens or highest >= keys[0] or lowest < 0:
+        raise ValueError(
+            f"pages {tuple(keys)} for a plan with pages of {plan.page_tokens} tokens, the first of them number {lowest}, "
+            f"the last of them number {highest}"
         )
 
 
@@ -537,13 +648,25 @@ def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.
 
 def _gather_scratch(name: str, table: torch.Tensor, rows: torch.Tensor, *shape: int) -> torch.Tensor:
     """`_gather` into scratch memory."""
+    given = table.dtype
+    table = as_bytes(table)
     place = _scratch(name, (rows.shape[0], table.shape[1]), table.dtype, table.device)
     with serial(place.numel()):
         torch.index_select(table, 0, rows, out=place)
-    dtype = compute_dtype(table.dtype)
-    if dtype != table.dtype:
-        place = _scratch(name, place.shape, dtype, table.device).copy_(place)
+    dtype = compute_dtype(given)
+    if dtype != given:
+        place = _scratch(name, place.shape, dtype, table.device).copy_(place.view(given))
     return place.view(shape)
+
+
+def _gather_keys(pages: torch.Tensor, scales: torch.Tensor | None, block: Block, batch: int) -> torch.Tensor:
+    """(S*Hkv, L, D) keys or values of a block, times their scales, in scratch memory."""
+    shape = (batch, block.num_keys, pages.shape[-1])
+    numbers = _gather_scratch("kv", _runs(pages, block.run), block.key_rows, *shape)
+    if scales is not None:
+        table = _runs(scales[..., None], block.run)
+        numbers.mul_(_gather_scratch("scales", table, block.key_rows, *shape[:2], 1))
+    return numbers
 
 
 def _attend(
@@ -554,22 +677,26 @@ def _attend(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """q a table of rows of D; k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N*Hq, Dv). No gradient."""
+    k_scales, v_scales = kv_scales or (None, None)
     heads, v_dim = k.shape[1], v.shape[-1]
     dtype, device, dim = compute_dtype(q_rows.dtype), q_rows.device, q_rows.shape[-1]
     flat = _scratch("out", (layout.num_rows, v_dim), dtype, device)
     for block, out in zip(layout.blocks, flat.split([b.query_rows.shape[0] for b in layout.blocks])):
         batch = block.num_pieces * heads
         rows = block.query_rows.shape[0] // batch
-        keys = (batch, block.num_keys)
         qb = _gather_scratch("q", q_rows, block.query_rows, batch, rows, dim)
-        kb = _gather_scratch("kv", _runs(k, block.run), block.key_rows, *keys, dim)
+        kb = _gather_keys(k, k_scales, block, batch)
         scores = _scratch("scores", (batch, rows, block.num_keys), dtype, device)
         _scores(qb, kb, block, heads, scale, softcap, scores)
         probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, device))
-        vb = _gather_scratch("kv", _runs(v, block.run), block.key_rows, *keys, v_dim)
-        _weighted_values(probs, vb, out.view(batch, rows, v_dim))
+        vb = _gather_keys(v, v_scales, block, batch)
+        out = out.view(batch, rows, v_dim)
+        _weighted_values(probs, vb, out)
+        if block.has_blind and block.padding is not None:
+            out *= block.padding
     with serial(flat.numel()):
         return flat.index_select(0, layout.output_rows).to(q_rows.dtype)
 
@@ -583,25 +710,27 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sinks", "starts", "query_lens")),
         *((name, ctypes.c_void_p) for name in ("context_lens", "page_table", "prefix_starts")),
-        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "dsinks")),
+        *((name, ctypes.c_void_p) for name in ("grad", "dq", "dk", "dv", "dsinks", "k_scales", "v_scales")),
         *((name, ctypes.c_int64) for name in ("sequences", "heads", "group", "dim", "q_token", "k_token")),
         *((name, ctypes.c_int64) for name in ("v_token", "table_width", "page_tokens", "window", "threads")),
-        ("is_bf16", ctypes.c_int64),
+        ("numbers", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
 
 
-def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
-    """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, heads of a size that it has, no soft cap."""
+def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, softcap: float | None) -> bool:
+    """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, pages in int8 or fp8 too, heads of a size that it has,
+    neither soft cap nor block mask."""
     return (
         q.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.float32, torch.bfloat16)
+        and (q.dtype == k.dtype or k.dtype in QUANTISED)
+        and k.dtype == v.dtype
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in _NATIVE_DIMS
         and softcap is None
+        and plan.block_mask is None
         and q.shape[1] // k.shape[1] <= _MOST_GROUP
-        and (k.dim() == 3 or (k.is_contiguous() and v.is_contiguous()))
         and native.library("attention") is not None
     )
 
@@ -637,7 +766,7 @@ def _call(
         page_tokens=plan.page_tokens or 0,
         window=window or 0,
         threads=torch.get_num_threads() if plan.num_scores * q.shape[1] * dim > _WORTH_THREADS else 1,
-        is_bf16=k.dtype == torch.bfloat16,
+        numbers=_NATIVE_NUMBERS[k.dtype],
         scale=scale,
     )
     call.held = held, plan
@@ -657,21 +786,15 @@ def _attend_native(
     scale: float,
     window: int | None,
     sinks: torch.Tensor | None,
+    kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N', Hq, D). No gradient."""
     out = torch.empty(q.shape, **_FP32)
-    _run("attention_forward", _call(q, k, v, sinks, plan, scale, window, out=out))
+    scales = {} if kv_scales is None else {"k_scales": kv_scales[0], "v_scales": kv_scales[1]}
+    _run("attention_forward", _call(q, k, v, sinks, plan, scale, window, out=out, **scales))
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
     return out.to(q.dtype)
-
-
-def _write_native(pages: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
-    x, size = heads_together(x.to(pages.dtype)), pages.element_size()
-    tokens, heads, dim = x.shape
-    write = native.function("attention", "write_rows", "pppiiii")
-    places = x.data_ptr(), rows.data_ptr(), pages.data_ptr()
-    write(*places, tokens, heads, x.stride(0) * size, dim * size)
 
 
 def _gradients_native(
@@ -700,10 +823,9 @@ def _gradients_native(
 def _is_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether attention_triton.py serves the call."""
     return (
-        gpu.serves(q, k, v)
+        gpu.serves(*((q,) if k.dtype in QUANTISED else (q, k, v)))
         and max(q.shape[-1], v.shape[-1]) <= _LARGEST_TRITON_HEAD
         and q.shape[1] // k.shape[1] <= _MOST_TRITON_GROUP
-        and (k.dim() == 3 or (k.is_contiguous() and v.is_contiguous()))
     )
 
 
@@ -804,13 +926,14 @@ class _PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> torch.Tensor:
         ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
-        if not is_native(q, k, v, softcap) and _is_triton(q, k, v):
+        native_serves = is_native(q, k, v, plan, softcap)
+        if not native_serves and _is_triton(q, k, v):
             options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
             out, logs = _attend_triton(q, k, v, plan, share_out=False, **options)
             ctx.save_for_backward(q, k, v, sinks, out, logs)
             return out
         ctx.save_for_backward(q, k, v, sinks)
-        if is_native(q, k, v, softcap):
+        if native_serves:
             return _attend_native(q, k, v, plan, scale, window, sinks)
         layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
         out = _attend(_rows(q), k, v, layout, scale, softcap, sinks)
@@ -824,7 +947,7 @@ class _PackedAttention(torch.autograd.Function):
             options = {"scale": ctx.scale, "window": ctx.window, "softcap": ctx.softcap, "sinks": sinks}
             of_inputs = _gradients_triton(q, k, v, *of_triton, grad, ctx.plan, **options)
             return *of_inputs, None, None, None, None
-        if is_native(q, k, v, ctx.softcap):
+        if is_native(q, k, v, ctx.plan, ctx.softcap):
             of_inputs = _gradients_native(q, k, v, grad, ctx.plan, ctx.scale, ctx.window, sinks)
             return *of_inputs, None, None, None, None
         heads, layout = k.shape[1], ctx.plan.layout(k.shape[1], q.shape[1] // k.shape[1], ctx.window)

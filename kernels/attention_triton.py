@@ -1,30 +1,36 @@
 """Causal attention as Triton kernels: packs and pages, decode and prefill in the same bits, and the backward of packs.
 
-A context is cut into segments of 256 absolute positions. Each is reduced by itself to a maximum, a sum and a weighted sum
+A context is cut into segments of 512 absolute positions. Each is reduced by itself to a maximum, a sum and a weighted sum
 of values, and segments are merged in their order by one formula: in a program's registers where it walks the whole
 context, in `_merged` where programs took a segment each (decode has too few rows to fill a GPU otherwise). A tile that a
-row does not see changes nothing of it, exactly. The backward recomputes probabilities from each row's logarithm of the
-sum (Dao 2023, arXiv 2307.08691); every gradient is added up by one program, in one order.
+row does not see changes nothing of it, exactly; what a block mask hides is in no program's work. The backward recomputes
+probabilities from each row's logarithm of the sum (Dao 2023, arXiv 2307.08691); every gradient is added up by one program,
+in one order.
 
-Rows of a tile are queries x the heads that share a key head. Not here: what goes together (`rlhf.kernels.attention.Plan`).
+Rows of a tile are queries x the heads that share a key head; prefill's tiles have twice the rows and twice the warps of
+decode's, so that a warp's rows, its instructions and their order are the same. Fusing of products and sums is left to no
+compiler in the forward, which is compiled several times and must round alike. Pages in int8 or fp8 meet q as they are: their
+scales go onto scores and probabilities, and in fp32 onto the numbers. Not here: what goes together
+(`rlhf.kernels.attention.Plan`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from rlhf.kernels.attention import Plan
+from rlhf.kernels.attention import TILE, Plan, counted
 
-SEGMENT = 256
-_WARPS = 8
+SEGMENT = 512
+_STAGES = 3
+_BACKWARD_WARPS = 8
 _FEW_QUERIES = 8  # of a sequence: then segments are shared out
+_NATIVE_FP8 = (8, 9)  # the first GPUs that convert e4m3; others take its bits apart
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -48,8 +54,9 @@ def _finished(m, total, acc, sinks, head, valid, SINKS: tl.constexpr):
     if SINKS:
         sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
         m, total, acc = _merged(m, total, acc, sink, tl.full(m.shape, 1.0, tl.float32), tl.zeros_like(acc))
-    total = tl.where(valid, total, 1.0)
-    return acc / total[:, None], m + tl.log2(total)
+    some = valid & (total != 0.0)  # a row that sees nothing has 0
+    total = tl.where(some, total, 1.0)
+    return acc / total[:, None], tl.where(some, m, 0.0) + tl.log2(total)
 
 
 @triton.jit
@@ -72,20 +79,31 @@ def _sees(at, position, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _key_at(
-    position, inside, seq, page_table, table_width, page_tokens, token, kv_heads, kv_head, dim, PAGED: tl.constexpr
+def _key_row(
+    first, inside, seq, page_table, table_width, kv_heads, kv_head, PAGED: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    # where the key at a position of a sequence begins
+    # where a tile's keys lie: rows of a key head's pages, or tokens
+    position = first + tl.arange(0, KEYS)
     if PAGED:
-        page = tl.load(
-            page_table + tl.load(seq + 4).to(tl.int64) * table_width + position // page_tokens,
-            mask=inside,
-            other=0,
-        )
-        return ((page.to(tl.int64) * kv_heads + kv_head) * page_tokens + position % page_tokens) * dim
+        pages = page_table + tl.load(seq + 4).to(tl.int64) * table_width
+        if PAGE % KEYS == 0:
+            page = tl.load(pages + first // PAGE).to(tl.int64)
+            return (page * kv_heads + kv_head) * PAGE + first % PAGE + tl.arange(0, KEYS)
+        page = tl.load(pages + position // PAGE, mask=inside, other=0).to(tl.int64)
+        return (page * kv_heads + kv_head) * PAGE + position % PAGE
     own_start, own_from, prefix = tl.load(seq), tl.load(seq + 1), tl.load(seq + 2)
-    place = tl.where(position < own_from, prefix + position, own_start + position - own_from)
-    return place.to(tl.int64) * token + kv_head * dim
+    return tl.where(position < own_from, prefix + position, own_start + position - own_from).to(tl.int64)
+
+
+@triton.jit
+def _numbers(x, like: tl.constexpr):
+    # numbers of a tile in another dtype; bytes are fp8, e4m3
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.int16)
+        bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)  # the exponent's bias is 7 there, 15 here
+        return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(like)
+    return x.to(like)
 
 
 @triton.jit
@@ -95,7 +113,7 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     slope = tl.full(s.shape, 1.0, tl.float32)
     if SOFTCAP:
         s = s * scale
-        e = tl.exp2(-2.0 * _LOG2E * tl.abs(s / softcap))
+        e = tl.exp2(tl.abs(s / softcap) * (-2.0 * _LOG2E))
         t = (1.0 - e) / (1.0 + e)
         t = tl.where(s < 0, -t, t)
         s = softcap * t * _LOG2E
@@ -106,39 +124,81 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _segment(
-    q, position, valid, start, end, k, v, seq, page_table, table_width, page_tokens, k_token, v_token, kv_heads, kv_head,
-    dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+def _tile(
+    m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
+    kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ALL: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
 ):  # fmt: skip
-    # positions start to end of a context, of which the rows see those up to their own: (maximum, sum, values)
+    # a part's (maximum, sum, values) with one more tile of keys; ALL: every row sees every key of it
+    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    at = first + tl.arange(0, KEYS)
+    there = at < end
+    row = _key_row(first, there, seq, page_table, table_width, kv_heads, kv_head, PAGED, PAGE, KEYS)
+    k_at, v_at = row * dim, row * v_dim
+    if not PAGED:
+        k_at, v_at = row * k_token + kv_head * dim, row * v_token + kv_head * v_dim
+    k_inside, v_inside = (d < dim)[:, None], (dv < v_dim)[None, :]
+    if not ALL:
+        k_inside, v_inside = k_inside & there[None, :], v_inside & there[:, None]
+    kt = tl.load(k + k_at[None, :] + d[:, None], mask=k_inside, other=0.0)
+    of_key = scale
+    if SCALED:
+        k_scale, v_scale = (
+            tl.load(k_scales + row, mask=there, other=0.0),
+            tl.load(v_scales + row, mask=there, other=0.0),
+        )
+        kt = _numbers(kt, q.dtype)
+        if q.dtype == tl.float32:
+            kt = kt * k_scale[None, :]
+        else:
+            of_key = scale * k_scale[None, :]
+    s, _ = _scores(q, kt, of_key, softcap, SOFTCAP)
+    if not ALL:
+        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s - safe[:, None])
+    old = tl.exp2(m - safe)
+    total = tl.fma(total, old, tl.sum(p, 1))
+    values = tl.load(v + v_at[:, None] + dv[None, :], mask=v_inside, other=0.0)
+    if SCALED:
+        if q.dtype == tl.float32:
+            values = _numbers(values, tl.float32) * v_scale[:, None]
+        else:  # a small scale is nothing in fp16
+            values = _numbers(values, tl.bfloat16)
+            p = p * v_scale[None, :]
+    acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@triton.jit
+def _segment(
+    q, low, position, valid, start, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token, kv_heads,
+    kv_head, dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+):  # fmt: skip
+    # positions start to end of a context, of which the rows see those up to their own, `low` or more: (maximum, sum, values)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, V_DIM), tl.float32)
-    d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
-    for first in range(start, end, KEYS):
-        at = first + tl.arange(0, KEYS)
-        there = at < end
-        k_at = _key_at(
-            at, there, seq, page_table, table_width, page_tokens, k_token, kv_heads, kv_head, dim, PAGED
-        )
-        v_at = _key_at(
-            at, there, seq, page_table, table_width, page_tokens, v_token, kv_heads, kv_head, v_dim, PAGED
-        )
-        kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
-        s, _ = _scores(q, kt, scale, softcap, SOFTCAP)
-        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
-        s = tl.where(seen, s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s - safe[:, None])
-        old = tl.exp2(m - safe)
-        total = tl.fma(total, old, tl.sum(p, 1))
-        values = tl.load(
-            v + v_at[:, None] + dv[None, :], mask=there[:, None] & (dv < v_dim)[None, :], other=0.0
-        )
-        acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision="ieee")
-        m = top
+    rest = start
+    if not WINDOW:
+        rest = start + tl.maximum(tl.minimum(end, low + 1) - start, 0) // KEYS * KEYS
+        for first in range(start, rest, KEYS):
+            m, total, acc = _tile(
+                m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width,
+                k_token, v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP,
+                WINDOW, True, KEYS, DIM, V_DIM,
+            )  # fmt: skip
+    for first in range(rest, end, KEYS):
+        m, total, acc = _tile(
+            m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
+            v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, False,
+            KEYS, DIM, V_DIM,
+        )  # fmt: skip
     return m, total, acc
 
 
@@ -147,30 +207,45 @@ def _segment(
 
 @triton.jit
 def _forward(
-    q, k, v, out, logs, sinks, items, seqs, page_table, part_acc, part_m, part_total,
-    table_width, page_tokens, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
-    PAGED: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    q, k, v, k_scales, v_scales, out, logs, sinks, items, seqs, ranges, page_table, part_acc, part_m, part_total,
+    table_width, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
+    PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, LISTED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
     token, head, position, valid = _rows_of(item, GROUP, ROWS)
+    low = tl.load(item + 2)
     seq = seqs + tl.load(item + 3) * 8
     first, end = tl.load(item + 4), tl.load(item + 5)
     d, dv = tl.arange(0, DIM), tl.arange(0, V_DIM)
     q_at = token * q_token + head * dim
     a = tl.load(q + q_at[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0)
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, V_DIM), tl.float32)
-    for start in range(first, end, SEGMENT):
-        m_one, total_one, acc_one = _segment(
-            a, position, valid, start, tl.minimum(start + SEGMENT, end), k, v, seq, page_table, table_width,
-            page_tokens, k_token, v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, SOFTCAP, WINDOW,
-            ROWS, KEYS, DIM, V_DIM,
+    if SPLIT:
+        m, total, acc = _segment(
+            a, low, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
+            kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, ROWS, KEYS, DIM,
+            V_DIM,
         )  # fmt: skip
-        m, total, acc = _merged(m, total, acc, m_one, total_one, acc_one)
+    else:
+        m = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, V_DIM), tl.float32)
+        number = (end - first) if LISTED else tl.cdiv(end - first, SEGMENT)
+        for n in range(number):
+            if LISTED:
+                start = tl.load(ranges + (first + n) * 2)
+                stop = tl.minimum(tl.load(ranges + (first + n) * 2 + 1), low + tl.load(item + 1))
+            else:
+                start = first + n * SEGMENT
+                stop = tl.minimum(start + SEGMENT, end)
+            m_one, total_one, acc_one = _segment(
+                a, low, position, valid, start, stop, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
+                v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, ROWS,
+                KEYS, DIM, V_DIM,
+            )  # fmt: skip
+            m, total, acc = _merged(m, total, acc, m_one, total_one, acc_one)
     inside = valid[:, None] & (dv < v_dim)[None, :]
     if SPLIT:
         part = (tl.load(item + 6).to(tl.int64) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
@@ -213,9 +288,9 @@ def _join(
 
 @triton.jit
 def _grad_q(
-    q, k, v, grad, logs, delta, grad_q, items, seqs, q_token, k_token, v_token, heads, kv_heads, dim, v_dim,
+    q, k, v, grad, logs, delta, grad_q, items, seqs, ranges, q_token, k_token, v_token, heads, kv_heads, dim, v_dim,
     scale, softcap, window,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    LISTED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
@@ -230,18 +305,25 @@ def _grad_q(
     log = tl.load(logs + token * heads + head, mask=valid, other=0.0)
     less = tl.load(delta + token * heads + head, mask=valid, other=0.0)
     total = tl.zeros((ROWS, DIM), tl.float32)
-    for start in range(first, end, KEYS):
-        at = start + tl.arange(0, KEYS)
-        there = at < end
-        k_at = _key_at(at, there, seq, seq, 0, 1, k_token, kv_heads, kv_head, dim, False)
-        v_at = _key_at(at, there, seq, seq, 0, 1, v_token, kv_heads, kv_head, v_dim, False)
-        kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
-        vt = tl.load(v + v_at[None, :] + dv[:, None], mask=there[None, :] & (dv < v_dim)[:, None], other=0.0)
-        s, slope = _scores(a, kt, scale, softcap, SOFTCAP)
-        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
-        p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
-        ds = p * (tl.dot(g, vt, input_precision="ieee") - less[:, None]) * slope
-        total = tl.dot(ds.to(kt.dtype), tl.trans(kt), total, input_precision="ieee")
+    for n in range((end - first) if LISTED else 1):
+        begin, stop = first, end
+        if LISTED:
+            begin = tl.load(ranges + (first + n) * 2)
+            stop = tl.minimum(tl.load(ranges + (first + n) * 2 + 1), tl.load(item + 2) + tl.load(item + 1))
+        for start in range(begin, stop, KEYS):
+            at = start + tl.arange(0, KEYS)
+            there = at < stop
+            row = _key_row(start, there, seq, seq, 0, kv_heads, kv_head, False, 1, KEYS)
+            k_at, v_at = row * k_token + kv_head * dim, row * v_token + kv_head * v_dim
+            kt = tl.load(k + k_at[None, :] + d[:, None], mask=there[None, :] & (d < dim)[:, None], other=0.0)
+            vt = tl.load(
+                v + v_at[None, :] + dv[:, None], mask=there[None, :] & (dv < v_dim)[:, None], other=0.0
+            )
+            s, slope = _scores(a, kt, scale, softcap, SOFTCAP)
+            seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
+            p = tl.where(seen, tl.exp2(s - log[:, None]), 0.0)
+            ds = p * (tl.dot(g, vt, input_precision="ieee") - less[:, None]) * slope
+            total = tl.dot(ds.to(kt.dtype), tl.trans(kt), total, input_precision="ieee")
     at = (token * heads + head) * dim
     tl.store(grad_q + at[:, None] + d[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=q_inside)
 
@@ -250,7 +332,7 @@ def _grad_q(
 def _grad_kv(
     q, k, v, grad, logs, delta, grad_k, grad_v, blocks, readers, seqs, q_token, k_token, v_token, heads, kv_heads,
     dim, v_dim, scale, softcap, window,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    LISTED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     block = blocks + tl.program_id(0) * 4
@@ -264,8 +346,9 @@ def _grad_kv(
     c = tl.load(v + (key_row * v_token + kv_head * v_dim)[:, None] + dv[None, :], mask=v_inside, other=0.0)
     total_k = tl.zeros((KEYS, DIM), tl.float32)
     total_v = tl.zeros((KEYS, V_DIM), tl.float32)
+    READER: tl.constexpr = 3 if LISTED else 1  # then with the first of its queries and the one after the last
     for reader in range(tl.load(block + 2), tl.load(block + 3)):
-        seq = seqs + tl.load(readers + reader) * 8
+        seq = seqs + tl.load(readers + reader * READER) * 8
         own_start, own_from, prefix, context = (
             tl.load(seq),
             tl.load(seq + 1),
@@ -282,10 +365,13 @@ def _grad_kv(
                 tl.where(is_own, tl.load(block) - own_start + own_from, tl.load(block) - prefix) + KEYS - 1
             )
             highest = tl.minimum(highest, last_at + window - own_from)
+        if LISTED:
+            lowest = tl.maximum(lowest, tl.load(readers + reader * READER + 1))
+            highest = tl.minimum(highest, tl.load(readers + reader * READER + 2))
         for start in range(lowest * GROUP, highest * GROUP, ROWS):
             row = start + tl.arange(0, ROWS)
             query = row // GROUP
-            valid = query < context - own_from
+            valid = query < highest
             position = own_from + query
             token = (own_start + query).to(tl.int64)
             head = kv_head * GROUP + row % GROUP
@@ -328,25 +414,34 @@ class Work:
     seqs: torch.Tensor  # (S, 8): first query, its position, prefix, context, row of the page table
     page_table: torch.Tensor  # (S, pages)
     key_blocks: torch.Tensor | None  # (b, 4): token, keys, first reader, end of readers; without pages
-    readers: torch.Tensor | None  # sequences that read the keys of a block
+    readers: (
+        torch.Tensor | None
+    )  # sequences that read the keys of a block; with a block mask (r, 3): and which queries
+    ranges: (
+        torch.Tensor | None
+    )  # (g, 2) first key and end, each in one segment: then items' keys are numbers of these
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and keys that a program works on together, and the powers of 2 that hold a head. A function of dtype and
-    sizes alone, so that a row's bits are the same in every call."""
+    """Rows and keys that a program works on together, and the powers of 2 that hold a head."""
 
     rows: int
     keys: int
     dim: int
     v_dim: int
+    warps: int
 
 
-def tile_of(dtype: torch.dtype, dim: int, v_dim: int, group: int) -> Tile:
-    """fp32 is not for tensor cores, and its tiles are small for it."""
+def tile_of(dtype: torch.dtype, dim: int, v_dim: int, group: int, *, many: bool = False) -> Tile:
+    """A function of dtype and sizes alone, so that a row's bits are the same in every call. `many` rows: the same for each
+    warp, and twice the warps. fp32 is not for tensor cores, and its tiles are small for it."""
     dim, v_dim = (triton.next_power_of_2(max(size, 16)) for size in (dim, v_dim))
-    rows, keys = (16, 16) if dtype == torch.float32 else (64, 64 if max(dim, v_dim) <= 128 else 32)
-    return Tile(max(rows, triton.next_power_of_2(group)), keys, dim, v_dim)
+    wide = max(dim, v_dim) > 128
+    rows, keys, warps = (16, 16, 8) if dtype == torch.float32 else (64, 32, 8) if wide else (64, 64, 4)
+    if many and warps == 4:
+        rows, warps = 2 * rows, 2 * warps
+    return Tile(max(rows, triton.next_power_of_2(group)), keys, dim, v_dim, warps)
 
 
 def work_of(plan: Plan, group: int, window: int | None, tile: Tile) -> Work:
@@ -360,28 +455,33 @@ def work_of(plan: Plan, group: int, window: int | None, tile: Tile) -> Work:
 def _make_work(plan: Plan, queries: int, window: int | None, keys: int) -> Work:
     lens, contexts = plan.query_lens, plan.context_lens
     before = contexts - lens
-    pieces = -(-lens // queries)
-    seq = np.repeat(np.arange(len(lens)), pieces)
-    first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * queries
-    count = np.minimum(lens[seq] - first, queries)
+    seq, first, count = plan.pieces(queries)
     position = before[seq] + first
     key_from = (
         np.zeros_like(seq) if window is None else np.maximum(position - window + 1, 0) // SEGMENT * SEGMENT
     )
-    key_end = position + count
-    parts = -(-(key_end - key_from) // SEGMENT)
+    key_end, ranges = position + count, None
+    if plan.block_mask is None:
+        parts = -(-(key_end - key_from) // SEGMENT)
+        which, number = counted(parts)
+        starts = key_from[which] + number * SEGMENT
+        stops = np.minimum(starts + SEGMENT, key_end[which])
+    else:
+        found = [_ranges(plan, *item) for item in zip(seq, position, key_from, key_end)]
+        parts = np.asarray([len(r) for r in found], np.int64)
+        which, number = counted(parts)
+        starts, stops = np.concatenate([*found, np.zeros((0, 2), np.int64)]).T
     ends = np.cumsum(parts)
     items = np.stack(
         [plan.starts[seq] + first, count, position, seq, key_from, key_end, ends - parts, ends], 1
     )
     shares = None
     if int(lens.max(initial=0)) <= _FEW_QUERIES and int(parts.max(initial=0)) > 1:
-        shares = np.repeat(items, parts, 0)
-        number = np.arange(len(shares))
-        start = shares[:, 4] + (number - shares[:, 6]) * SEGMENT
-        shares[:, 5] = np.minimum(start + SEGMENT, shares[:, 5])
-        shares[:, 4], shares[:, 6] = start, number
-    else:
+        shares = items[which]
+        shares[:, 4], shares[:, 5], shares[:, 6] = starts, stops, np.arange(len(which))
+    if plan.block_mask is not None:
+        items[:, 4:6], ranges = items[:, 6:8], np.stack([starts, stops], 1)
+    if shares is None:
         items = items[np.argsort(key_from - key_end, kind="stable")]  # the longest first
     zeros = np.zeros(len(lens), np.int64)
     prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
@@ -392,12 +492,24 @@ def _make_work(plan: Plan, queries: int, window: int | None, keys: int) -> Work:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(plan.device)
 
-    return Work(*(None if x is None else tensor(x) for x in (items, shares, seqs, table, blocks, readers)))
+    made = (items, shares, seqs, table, blocks, readers, ranges)
+    return Work(*(None if x is None else tensor(x) for x in made))
+
+
+def _ranges(plan: Plan, seq: int, position: int, key_from: int, key_end: int) -> np.ndarray:
+    """(n, 2) first key and end of the parts of segments that the block mask leaves to a query."""
+    tiles = plan.visible_tiles(seq, position, key_from, key_end) * TILE
+    new = np.diff(tiles, prepend=-SEGMENT) > TILE
+    new |= tiles % SEGMENT == 0
+    starts = tiles[new]
+    stops = np.append(tiles[np.flatnonzero(new)[1:] - 1], tiles[-1:])[: len(starts)] + TILE
+    return np.stack([starts, np.minimum(stops, key_end)], 1)
 
 
 def _key_blocks(plan: Plan, keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each sequence's own keys in blocks, and for each block the sequences that read it, its own first."""
-    readers_of: list[list[int]] = [[s] for s in range(len(plan.starts))]
+    """Each sequence's own keys in blocks, and for each block the sequences that read it, its own first; with a block mask
+    (sequence, first query, end of queries) of those that do."""
+    readers_of: list[list[Any]] = [[s] for s in range(len(plan.starts))]
     if plan.prefix_starts is not None:
         before = plan.context_lens - plan.query_lens
         for s in np.flatnonzero(before):
@@ -405,12 +517,27 @@ def _key_blocks(plan: Plan, keys: int) -> tuple[np.ndarray, np.ndarray]:
             last = np.searchsorted(plan.starts, plan.prefix_starts[s] + before[s] - 1, side="right") - 1
             for owner in range(first, last + 1):
                 readers_of[owner].append(int(s))
+    step = keys if plan.block_mask is None else plan.block
     blocks, readers = [], []
     for s, (start, length) in enumerate(zip(plan.starts, plan.query_lens)):
         begin = len(readers)
-        readers += readers_of[s]
-        blocks += [(start + i, min(keys, length - i), begin, len(readers)) for i in range(0, length, keys)]
+        readers += readers_of[s] if plan.block_mask is None else []
+        for part in range(0, length, max(step, 1)):
+            if plan.block_mask is not None:
+                begin = len(readers)
+                readers += [(s, *r) for r in _reading(plan, s, part // plan.block)]
+            ends = range(part, min(part + step, length), keys)
+            blocks += [(start + i, min(keys, length - i), begin, len(readers)) for i in ends]
     return np.array(blocks, np.int64).reshape(-1, 4), np.array(readers, np.int64)
+
+
+def _reading(plan: Plan, seq: int, key_block: int) -> list[tuple[int, int]]:
+    """The first query and the one after the last of each run of blocks that sees a block of keys."""
+    sees = np.flatnonzero(plan.block_mask[seq, key_block:, key_block]) + key_block
+    runs = np.split(sees, np.flatnonzero(np.diff(sees) > 1) + 1) if len(sees) else []
+    length = int(plan.query_lens[seq])
+    found = [(int(r[0]) * plan.block, min(int(r[-1] + 1) * plan.block, length)) for r in runs]
+    return [(first, end) for first, end in found if first < end]
 
 
 def forward(
@@ -424,12 +551,15 @@ def forward(
     softcap: float | None,
     sinks: torch.Tensor | None,
     share_out: bool,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (N', Hq, D) and k, v (N, Hkv, D) with each token's heads together, or contiguous pages (P, Hkv, page, D) ->
-    (N', Hq, Dv), and (N, Hq) fp32 base 2 logarithms of the sums, without `share_out`: with it programs may take a segment each, in the same bits."""
+    """q (N', Hq, D) and k, v (N, Hkv, D) with each token's heads together, or contiguous pages (P, Hkv, page, D), with
+    scales (P, Hkv, page) where they are int8 or fp8 -> (N', Hq, Dv), and (N, Hq) fp32 base 2 logarithms of the sums,
+    without `share_out`: with it programs may take a segment each, in the same bits."""
     heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
     group = heads // kv_heads
-    tile = tile_of(q.dtype, dim, v_dim, group)
+    few = int(plan.query_lens.max(initial=0)) <= _FEW_QUERIES
+    tile = tile_of(q.dtype, dim, v_dim, group, many=not few)
     work = work_of(plan, group, window, tile)
     out = torch.empty((len(q), heads, v_dim), dtype=q.dtype, device=q.device)
     logs = torch.empty((plan.num_tokens, heads), dtype=torch.float32, device=q.device)
@@ -441,22 +571,33 @@ def forward(
     part_m, part_total = (
         torch.empty((many, kv_heads, tile.rows), dtype=torch.float32, device=q.device) for _ in "ml"
     )
-    _forward[(len(items), kv_heads)](
-        q, k, v, out, logs, q if sinks is None else sinks, items, work.seqs, work.page_table, part_acc, part_m, part_total,
-        work.page_table.shape[1], plan.page_tokens or 1, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim, v_dim,
-        float(scale), float(softcap or 0.0), window or 0,
-        PAGED=paged, SPLIT=split, SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None,
-        GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim, V_DIM=tile.v_dim, SEGMENT=SEGMENT,
-        num_warps=_WARPS, num_stages=2,
-    )  # fmt: skip
+    if k.dtype == torch.float8_e4m3fn and not _has_fp8(q.device):
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
+    k_scales, v_scales = (q, q) if kv_scales is None else kv_scales
+    listed = work.ranges is not None and not split
+    if len(items):
+        _forward[(len(items), kv_heads)](
+            q, k, v, k_scales, v_scales, out, logs, q if sinks is None else sinks, items, work.seqs,
+            work.ranges if listed else work.seqs, work.page_table, part_acc, part_m, part_total, work.page_table.shape[1],
+            q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0),
+            window or 0,
+            PAGED=paged, PAGE=plan.page_tokens or 1, SCALED=kv_scales is not None, SPLIT=split, LISTED=listed,
+            SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None, GROUP=group, ROWS=tile.rows,
+            KEYS=tile.keys, DIM=tile.dim, V_DIM=tile.v_dim, SEGMENT=SEGMENT,
+            num_warps=tile.warps, num_stages=_STAGES, enable_fp_fusion=False,
+        )  # fmt: skip
     if split:
         _join[(len(work.items), kv_heads)](
             out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
-            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=_WARPS,
+            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
     return out, logs
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _NATIVE_FP8
 
 
 def gradients(
@@ -482,14 +623,14 @@ def gradients(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     common: dict[str, Any] = dict(
         SOFTCAP=softcap is not None, WINDOW=window is not None, GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim,
-        V_DIM=tile.v_dim, num_warps=_WARPS, num_stages=2,
+        V_DIM=tile.v_dim, num_warps=_BACKWARD_WARPS, num_stages=2, LISTED=work.ranges is not None,
     )  # fmt: skip
     numbers = (
         *(x.stride(0) for x in (q, k, v)),
         *(heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0), window or 0),
     )
     _grad_q[(len(work.items), kv_heads)](
-        q, k, v, grad, logs, delta, dq, work.items, work.seqs, *numbers, **common
+        q, k, v, grad, logs, delta, dq, work.items, work.seqs, work.seqs if work.ranges is None else work.ranges, *numbers, **common
     )  # fmt: skip
     _grad_kv[(len(work.key_blocks), kv_heads)](
         q, k, v, grad, logs, delta, dk, dv, work.key_blocks, work.readers, work.seqs, *numbers, **common

@@ -6,6 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define HAS_ROUNDING_TO_BF16 1
+#else
+#define HAS_ROUNDING_TO_BF16 0
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
@@ -26,10 +33,8 @@ inline typename Vector<float, kCount>::Type load(const float* from) {
   return x;
 }
 
-template <int kCount = kLanes>
-inline typename Vector<float, kCount>::Type load(const Bf16* from) {
-  typename Vector<uint16_t, kCount>::Type halves;
-  std::memcpy(&halves, from, sizeof halves);
+template <int kCount>
+inline typename Vector<float, kCount>::Type floats_of(typename Vector<uint16_t, kCount>::Type halves) {
   typedef typename Vector<uint32_t, kCount>::Type Words;
   const Words words = __builtin_convertvector(halves, Words) << 16;
   typename Vector<float, kCount>::Type x;
@@ -37,22 +42,38 @@ inline typename Vector<float, kCount>::Type load(const Bf16* from) {
   return x;
 }
 
+template <int kCount = kLanes>
+inline typename Vector<float, kCount>::Type load(const Bf16* from) {
+  typename Vector<uint16_t, kCount>::Type halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return floats_of<kCount>(halves);
+}
+
 template <typename Floats>
 inline void store(float* to, Floats x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// Rounded to the nearest, ties to even; NaN stays NaN.
+// Rounded to the nearest, ties to even; NaN stays NaN. Where the CPU has an instruction for it, what is below the smallest
+// normal number becomes 0.
 template <typename Floats>
-inline void store(Bf16* to, Floats x) {
+inline typename Vector<uint16_t, sizeof(Floats) / sizeof(float)>::Type halves_of(Floats x) {
   constexpr int kCount = sizeof x / sizeof(float);
-  typedef typename Vector<uint32_t, kCount>::Type Words;
   typedef typename Vector<uint16_t, kCount>::Type Halves;
+#if HAS_ROUNDING_TO_BF16
+  if constexpr (kCount == 16) return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#endif
+  typedef typename Vector<uint32_t, kCount>::Type Words;
   Words words;
   std::memcpy(&words, &x, sizeof words);
   words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
   words = x != x ? Words{} + 0x7FC0 : words;
-  const Halves halves = __builtin_convertvector(words, Halves);
+  return __builtin_convertvector(words, Halves);
+}
+
+template <typename Floats>
+inline void store(Bf16* to, Floats x) {
+  const auto halves = halves_of(x);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -63,10 +84,10 @@ inline Lanes spread(float x) { return Lanes{} + x; }
 
 // x as a T would hold it.
 template <typename T>
-inline Lanes rounded(Lanes x) {
-  T held[kLanes];
-  store(held, x);
-  return load(held);
+inline Lanes rounded(Lanes x);
+template <>
+inline Lanes rounded<Bf16>(Lanes x) {
+  return floats_of<kLanes>(halves_of(x));
 }
 template <>
 inline Lanes rounded<float>(Lanes x) {

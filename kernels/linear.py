@@ -1,25 +1,39 @@
 """y = x W^T + b whose rows do not depend on how many rows there are.
 
-Here: the forward through oneDNN's prepacked weights on the CPU (bitwise the same row at every number of rows,
-in fp32 and bf16) with ordinary matrix products behind it in the backward. Not here: when a weight has changed
-and must be packed again (`rlhf.models.linear`). On CUDA, and for other dtypes, `linear` is
-`torch.nn.functional.linear`, which promises nothing about rows.
+Here: the forward, bitwise the same row at every number of rows, with ordinary matrix products behind it in the
+backward: on the CPU through oneDNN's prepacked weights (fp32 and bf16), few rows of them by linear.cpp where that gave
+oneDNN's bits in a trial on this machine; on CUDA by matmul_triton.py (fp32, bf16 and fp16). Elsewhere, and for other
+dtypes, `linear` is `torch.nn.functional.linear`, which promises nothing about rows. Not here: when a weight has changed
+and must be packed again (`rlhf.models.linear`).
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_PACKING = 256  # rows, from which on a weight is packed for one product
-_ROW_STEPS = ((16, 4), (32, 8), (512, 16), (1024, 128))
+_ROW_STEPS = ((16, 4), (256, 8), (512, 16))
+_FEW = 48  # rows up to which linear.cpp is the faster one
+_BLOCK = 64  # outputs that oneDNN's pack keeps together
+_SEGMENTS = (512, 1024)  # inputs that oneDNN may add up by themselves
+_TRIAL_OUTS, _TRIAL_ROWS = 256, (56, 256)
+_ALONE = 1 << 20  # products that are not worth waking threads for
+_layouts: dict[
+    tuple[torch.Size, torch.dtype], bool
+] = {}  # whether packs of a shape lie as linear.cpp reads them
+_segments: dict[tuple[torch.Size, torch.dtype, int], int] = {}
 _has_kernel = torch.backends.mkldnn.is_available()
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _has_kernel else None  # looked up once
+_address = torch.ops.mkldnn.data_ptr.default if _has_kernel else None
+_size = torch.ops.mkldnn._nbytes.default if _has_kernel else None
 
 
 class PackedWeight:
@@ -68,19 +82,52 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     if not can_pack(weight):
         return None
     with torch.inference_mode(False), torch.no_grad():  # the trainer uses the pack that the engine made
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        weight = weight.detach().contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        if (weight.shape, weight.dtype) not in _layouts:
+            _look_at_layout(weight, packed)
+        return packed
+
+
+def _look_at_layout(weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """Notes whether packs of this shape lie as linear.cpp reads them: the first, the middle and the last block, bit by
+    bit. A weight in which blocks in another order would look alike, as one of zeros, shows nothing."""
+    outs, inner = weight.shape
+    key = weight.shape, weight.dtype
+    _layouts[key] = False
+    if outs % _BLOCK or inner % 2 or _size(packed) != weight.nbytes:
+        return
+    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    memory = (ctypes.c_char * weight.nbytes).from_address(_address(packed))
+    together = 1 if weight.dtype == torch.float32 else 2  # inputs of an output that lie beside each other
+    blocks = torch.frombuffer(memory, dtype=bits).view(-1, inner // together, _BLOCK, together)
+    for block in {0, len(blocks) // 2, len(blocks) - 1}:
+        given = weight[block * _BLOCK : (block + 1) * _BLOCK].view(bits)
+        if not torch.equal(given.view(_BLOCK, -1, together).transpose(0, 1), blocks[block]):
+            return
+        for one, other in ((given[1:], given[:-1]), (given[:, 1:], given[:, :-1])):
+            if 2 * int((one != other).sum()) < one.numel():
+                del _layouts[key]
+                return
+    _layouts[key] = True
+    for stale in [x for x in _segments if x[:2] == key]:
+        del _segments[stale]
 
 
 def row_bucket(num_rows: int) -> int:
-    """The number of rows that the kernel is run with: oneDNN builds a kernel for each new number of rows
-    (about 1 ms), so numbers are rounded up to a few. A caller that pads its rows to a bucket saves a copy of
-    x in every linear."""
-    if num_rows <= 2:
-        return max(num_rows, 1)
+    """The number of rows that a caller may pad its rows to, to save a copy of x in every linear: oneDNN builds a kernel
+    for each new number of rows (about 1 ms), so that numbers are rounded up to a few."""
+    return (
+        max(num_rows, 1) if num_rows <= _FEW and native.library("linear") is not None else _bucket(num_rows)
+    )
+
+
+def _bucket(num_rows: int) -> int:
+    """At least 2: oneDNN adds up a single row of more than 1,024 inputs in an order of its own."""
     for limit, step in _ROW_STEPS:
         if num_rows <= limit:
-            return -(-num_rows // step) * step
-    return -(-num_rows // 256) * 256
+            return max(2, -(-num_rows // step) * step) if num_rows > 2 else 2
+    return -(-num_rows // 32) * 32
 
 
 def linear(
@@ -91,14 +138,46 @@ def linear(
 ) -> torch.Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), differentiable in all three.
 
-    `packed` is `pack(weight)`; without it this is `F.linear`.
+    `packed` is `pack(weight)`; without it this is `F.linear`, or on a GPU the row-invariant product there. Raises
+    ValueError for shapes, dtypes and devices that do not fit.
     """
-    if packed is None:
-        return F.linear(x, weight, bias)
-    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and needs_grad:
-        return _PackedLinear.apply(x, weight, bias, packed)
-    return packed_linear(x, packed, bias)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    try:
+        if packed is None and not (gpu.serves(*given) and x.numel() and weight.numel()):
+            return F.linear(x, weight, bias)
+        needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.is_grad_enabled() and needs_grad:
+            return _Linear.apply(x, weight, bias, packed)
+        return _forward(x, weight, bias, packed)
+    except RuntimeError:
+        _check(x, weight, bias)  # only now: this runs some thousand times a step, and torch refuses the same
+        raise
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    of_x, of_weight = tuple(x.shape), tuple(weight.shape)
+    if len(of_weight) != 2 or of_x[-1:] != of_weight[1:]:
+        raise ValueError(f"x {of_x} and weight {of_weight} must be (..., in) and (out, in)")
+    if bias is not None and bias.shape != of_weight[:1]:
+        raise ValueError(
+            f"bias {tuple(bias.shape)} must be {of_weight[:1]} beside x {of_x} and weight {of_weight}"
+        )
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{name} is {other.dtype} and x {x.dtype}; they must be the same")
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device} and x on {x.device}; move one of them")
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor | None
+) -> torch.Tensor:
+    if packed is not None:
+        return packed_linear(x, packed, bias)
+    _check(x, weight, bias)
+    from rlhf.kernels import matmul_triton
+
+    return matmul_triton.linear(x, weight, bias)
 
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,12 +186,78 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
     num_rows = rows.shape[0]
-    extra = row_bucket(num_rows) - num_rows
+    if 0 < num_rows <= _FEW and _fits(rows, packed, bias) and (segment := _segment(packed)):
+        out = multiply(rows, _address(packed), packed.shape, bias, group=segment)
+        return out.view(*shape[:-1], out.shape[-1]) if len(shape) != 2 else out
+    extra = _bucket(num_rows) - num_rows
     if extra:
         rows = F.pad(rows, (0, 0, 0, extra))
     out = _linear_pointwise(rows, packed, bias, "none", [], "")
     # not a view, which autograd would not let a model write into
     return out.resize_(*shape[:-1], out.shape[-1]) if extra or len(shape) != 2 else out
+
+
+def _fits(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether linear.cpp stays within the tensors; what does not fit is oneDNN's to refuse."""
+    return (
+        rows.shape[1] == packed.shape[1]
+        and rows.dtype == packed.dtype
+        and (bias is None or (bias.dtype == rows.dtype and bias.shape == packed.shape[:1]))
+    )
+
+
+def multiply(
+    rows: torch.Tensor,
+    weights: int,
+    shape: tuple[int, ...],
+    bias: torch.Tensor | None,
+    *,
+    group: int,
+    scales: int = 0,
+    bits: int = 0,
+) -> torch.Tensor:
+    """linear.cpp's product of rows (M, in), fp32 or bf16, with weights (out, in) of `shape` at the address `weights`, in its
+    layout; bits 0 are those of the rows."""
+    rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
+    out = torch.empty(len(rows), shape[0], dtype=rows.dtype)
+    threads = 1 if len(rows) * shape[0] * shape[1] <= _ALONE else torch.get_num_threads()
+    native.function("linear", "linear_forward", "pppppiiiiiii")(
+        rows.data_ptr(), weights, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        len(rows), shape[1], shape[0], group, bits, rows.dtype == torch.bfloat16, threads,
+    )  # fmt: skip
+    return out
+
+
+def _segment(packed: torch.Tensor) -> int:
+    """How many inputs oneDNN adds up by themselves, so that linear.cpp gives its bits for packs of that shape, with as many
+    threads; 0 where it does not, or where the layout is another or not known."""
+    key = packed.shape, packed.dtype, torch.get_num_threads()
+    found = _segments.get(key)
+    if found is None:
+        found = _segments[key] = _try_segments(packed) if _layouts.get(key[:2]) else 0
+    return found
+
+
+def _try_segments(packed: torch.Tensor) -> int:
+    """By what a weight of few outputs gives for few and for many rows, and this one for few."""
+    outs, inner = packed.shape
+    if native.library("linear") is None:
+        return 0
+    generator = torch.Generator().manual_seed(0)
+    few = min(outs, _TRIAL_OUTS)
+    weight, x, bias = (
+        torch.randn(shape, generator=generator).to(packed.dtype)
+        for shape in ((few, inner), (_TRIAL_ROWS[-1], inner), (few,))
+    )
+    small = pack(weight)
+    if not _layouts[weight.shape, weight.dtype]:
+        return 0
+    found = {min(s, inner) for s in _SEGMENTS}
+    trials = [(x[:rows], small, b) for rows in _TRIAL_ROWS for b in (None, bias)]
+    for rows, of, b in (*trials, (x[: _TRIAL_ROWS[0]], packed, None)):
+        wanted = _linear_pointwise(rows, of, b, "none", [], "")
+        found = {s for s in found if torch.equal(multiply(rows, _address(of), of.shape, b, group=s), wanted)}
+    return min(found, default=0)
 
 
 def times_weight(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -123,13 +268,17 @@ def times_weight(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return rows @ weight
 
 
-class _PackedLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return packed_linear(x, packed, bias)
+        return _forward(x, weight, bias, packed)
 
     @staticmethod
     @first_order

@@ -3,7 +3,8 @@
 Here: `linear_logprobs`, with which no (M, V) tensor lives in memory, forward or backward: a chunk's logits are made,
 read and forgotten, and made again in the backward. Its values are those of `rlhf.kernels.linear` followed by
 `rlhf.kernels.logprob`, bit for bit where the linear is packed (`reference` is these two calls). Not here: which
-rows are wanted and which head there is (`rlhf.models.head`). The same torch operations serve CPU and CUDA.
+rows are wanted and which head there is (`rlhf.models.head`). On CUDA linear_logprob_triton.py runs, without logits in
+memory even for a chunk in the forward, and cuts the vocabulary into chunks in the backward.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import Any
 
 import torch
 
+from rlhf.kernels import gpu
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.linear import linear
 from rlhf.kernels.logprob import (
+    Rows,
     Temperature,
-    entropy_slopes,
-    log_softmax,
     of_rows,
-    row_entropies,
-    scaled_logits,
+    slope_factors,
+    slopes,
     token_logprobs,
+    token_rows,
 )
 
 _CPU_CHUNK_ELEMENTS = 1 << 20  # logits of one chunk: what a core's caches nearly hold
-_GPU_CHUNK_ELEMENTS = 1 << 26
+_GPU_CHUNK_ELEMENTS = 1 << 26  # where no Triton form runs
 _MIN_CHUNK_ROWS = 128  # fewer and the products with the weight are slow
 
 
@@ -50,9 +52,12 @@ def linear_logprobs(
     """
     _check(hidden, weight, targets, temperature, bias)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if gpu.serves(*inputs) and all(x.numel() for x in inputs):
+        return (_OnGpu.apply if needs_grad else _on_gpu)(hidden, weight, bias, targets, temperature, entropy)
+    if needs_grad:
         return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, packed, entropy)
-    return _forward(hidden, weight, bias, targets, temperature, packed, entropy)
+    return _forward(hidden, weight, bias, targets, temperature, packed, entropy, needs_slopes=False)[:2]
 
 
 def reference(
@@ -123,17 +128,23 @@ def _forward(
     temperature: Temperature,
     packed: torch.Tensor | None,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logprobs = torch.empty(targets.shape, dtype=dtype, device=hidden.device)
-    entropies = torch.empty_like(logprobs) if entropy else None
+    *,
+    needs_slopes: bool,
+) -> Rows:
+    vocabulary = weight.shape[0]
     with torch.no_grad():
-        for rows in _chunks(hidden, weight.shape[0]):
-            chunk = log_softmax(linear(hidden[rows], weight, bias, packed), of_rows(temperature, rows))
-            logprobs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
-            if entropies is not None:
-                entropies[rows] = row_entropies(chunk)
-    return logprobs, entropies
+        parts = [
+            token_rows(
+                linear(hidden[part], weight, bias, packed), targets[part], of_rows(temperature, part), entropy,
+                needs_slopes=needs_slopes,
+            )
+            for part in _chunks(hidden, vocabulary)
+        ]  # fmt: skip
+        if not parts:
+            return token_rows(
+                hidden.new_empty(0, vocabulary), targets, temperature, entropy, needs_slopes=needs_slopes
+            )
+        return Rows(*(None if of_parts[0] is None else torch.cat(of_parts) for of_parts in zip(*parts)))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -148,11 +159,11 @@ class _LinearLogprobs(torch.autograd.Function):
         packed: torch.Tensor | None,
         entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logprobs, entropies = _forward(hidden, weight, bias, targets, temperature, packed, entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
+        rows = _forward(hidden, weight, bias, targets, temperature, packed, entropy, needs_slopes=True)
+        ctx.save_for_backward(hidden, weight, bias, targets, *rows)
         ctx.temperature, ctx.packed = temperature, packed
         ctx.set_materialize_grads(False)
-        return logprobs, entropies
+        return rows.logprobs, rows.entropies
 
     @staticmethod
     @first_order
@@ -161,41 +172,83 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         # With z the logits and p their softmax at T: d logp_t / dz_j = ([j = t] - p_j) / T; then through the
         # linear as usual.
-        hidden, weight, bias, targets, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, *rows = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad = torch.zeros(targets.shape, dtype=wide, device=hidden.device) if grad is None else grad
-        grad = grad / ctx.temperature
-        if grad_entropy is not None:
-            grad_entropy = grad_entropy / ctx.temperature if grad_entropy.any() else None
+        grad, grad_entropy = slope_factors(grad, grad_entropy, rows[0], ctx.temperature)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if of_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=weight.device) if of_bias else None
-        for rows in _chunks(hidden, weight.shape[0]):
-            logits = linear(hidden[rows], weight, bias, ctx.packed)
-            scaled = scaled_logits(logits, of_rows(ctx.temperature, rows))
-            if grad_entropy is None:
-                slope = torch.softmax(scaled, -1).mul_(-grad[rows, None])
-            else:
-                slope = torch.log_softmax(scaled, -1)
-                spread = entropy_slopes(slope, entropies[rows]).mul_(grad_entropy[rows, None])
-                slope = slope.exp_().mul_(-grad[rows, None]).add_(spread)
-                del spread
-            slope.scatter_add_(1, targets[rows, None], grad[rows, None])
-            del logits, scaled
+        for part in _chunks(hidden, weight.shape[0]):
+            logits = linear(hidden[part], weight, bias, ctx.packed)
+            *of_part, of_entropy = (
+                None if x is None else x[part] for x in (targets, *rows, grad, grad_entropy)
+            )
+            slope = slopes(
+                logits, of_part[0], of_rows(ctx.temperature, part), Rows(*of_part[1:-1]), of_part[-1], of_entropy,
+                out=logits,
+            )  # fmt: skip
             if grad_bias is not None:
-                grad_bias += slope.sum(0)
-            slope = slope.to(hidden.dtype)
+                grad_bias += slope.sum(0, dtype=wide)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[rows])
+                torch.mm(slope, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_product(grad_weight, slope.t(), hidden[rows])
+                _add_product(grad_weight, slope.t(), hidden[part])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
             *(None,) * 4,
         )
+
+
+def _on_gpu(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: Temperature,
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from rlhf.kernels import linear_logprob_triton
+
+    rows = linear_logprob_triton.linear_logprobs(hidden, weight, bias, targets, temperature, entropy)
+    return rows.logprobs, rows.entropies
+
+
+class _OnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: Temperature,
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from rlhf.kernels import linear_logprob_triton
+
+        rows = linear_logprob_triton.linear_logprobs(hidden, weight, bias, targets, temperature, entropy)
+        of_rows = (rows.logprobs, rows.entropies, rows.top, rows.log_total)
+        ctx.save_for_backward(hidden, weight, bias, targets, *of_rows)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing in the backward
+        return rows.logprobs, rows.entropies
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        from rlhf.kernels import linear_logprob_triton, logprob_triton
+
+        hidden, weight, bias, targets, *of_rows = ctx.saved_tensors
+        gradients = linear_logprob_triton.gradients(
+            hidden, weight, bias, targets, ctx.temperature, logprob_triton.Rows(*of_rows), grad, grad_entropy,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *gradients, None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -2,20 +2,38 @@
 
 Here: log softmax of logits / temperature in fp32, the entry of a target token, the entropy. A row depends on
 its own logits only, so the sampler's numbers equal the trainer's. Not here: which logits belong to which
-token (`rlhf.logprobs`), sampling (`rlhf.kernels.sampling`). The same torch operations serve CPU and CUDA.
+token (`rlhf.logprobs`), sampling (`rlhf.kernels.sampling`). On CUDA logprob_triton.py runs, on a CPU with a C++ compiler
+logprob.cpp, which writes nothing of the logits' size; elsewhere, and for fp64, torch operations. Their numbers differ by
+rounding.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from rlhf.kernels import gpu, native
+from rlhf.kernels.first_order import first_order
+from rlhf.kernels.threads import worth
 
 _CHUNK_ELEMENTS = 1 << 24  # rows are worked on in chunks of at most this many logits
 
 
 Temperature = float | torch.Tensor  # > 0; a tensor (M,) holds one for each row
+
+
+class Rows(NamedTuple):
+    """What M rows of logits gave, and what their slopes are made from; (M,) fp32, fp64 of fp64 logits."""
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor | None  # where they were asked for
+    sums: torch.Tensor | None = (
+        None  # (M, 2): the largest logit / temperature, the sum of e^(logit / temperature - it);
+    )
+    # from the native form, where slopes are wanted
 
 
 def log_softmax(logits: torch.Tensor, temperature: Temperature = 1.0) -> torch.Tensor:
@@ -52,9 +70,15 @@ def token_logprobs(
         raise ValueError(
             f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
         )
-    run = _TokenLogprobs.apply if torch.is_grad_enabled() and logits.requires_grad else _token_logprobs
-    logprobs, entropies = run(logits, targets, temperature, entropy)
-    return logprobs, entropies if entropy else None
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if gpu.serves(logits) and logits.numel():
+        _check_rows(logits, targets, temperature)
+        logprobs, entropies = (_OnGpu.apply if needs_grad else _on_gpu)(logits, targets, temperature, entropy)
+        return logprobs, entropies if entropy else None
+    if needs_grad:
+        return _TokenLogprobs.apply(logits, targets, temperature, entropy)
+    rows = token_rows(logits, targets, temperature, entropy, needs_slopes=False)
+    return rows.logprobs, rows.entropies
 
 
 def row_entropies(logprobs: torch.Tensor) -> torch.Tensor:
@@ -81,52 +105,203 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M,) log-probs and (M,) entropies, zeros where these are not asked for."""
+def token_rows(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: Temperature,
+    entropy: bool,
+    *,
+    needs_slopes: bool,
+) -> Rows:
+    """`token_logprobs` without gradient, on a CPU or by torch, with what `slopes` wants to know."""
+    given = logits.float() if logits.dtype == torch.float16 else logits
+    if native.serves("logprob", 0, given):  # rows of any width
+        _check_rows(given, targets, temperature)
+        return _native_rows(given, targets, temperature, entropy, needs_slopes)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-    entropies = torch.zeros_like(logprobs)
+    entropies = torch.empty_like(logprobs) if entropy else None
     for rows in _chunks(logits):
         chunk = log_softmax(logits[rows], of_rows(temperature, rows))
         logprobs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
-        if entropy:
+        if entropies is not None:
             entropies[rows] = row_entropies(chunk)
-    return logprobs, entropies
+    return Rows(logprobs, entropies)
+
+
+def slopes(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: Temperature,
+    rows: Rows,
+    grad: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of the logits (M, V), written to `out`, contiguous and of their dtype, which may be the logits.
+
+    `rows` is `token_rows` of the same arguments with `needs_slopes`; grad and grad_entropy are (M,), of its log-probs and of its entropies, and
+    already divided by the temperature.
+    """
+    # d logp_t / dz_j = [j = t] - p_j; dH / dz_j = -p_j (log p_j + H)
+    if rows.sums is not None:
+        return _native_slopes(logits, targets, temperature, rows, grad, grad_entropy, out)
+    for part in _chunks(logits):
+        scores = scaled_logits(logits[part], of_rows(temperature, part))
+        if grad_entropy is None:
+            slope = torch.softmax(scores, -1).mul_(-grad[part, None])
+        else:
+            slope = torch.log_softmax(scores, -1)
+            spread = entropy_slopes(slope, rows.entropies[part]).mul_(grad_entropy[part, None])
+            slope = slope.exp_().mul_(-grad[part, None]).add_(spread)
+        out[part] = slope.scatter_add_(1, targets[part, None], grad[part, None])
+    return out
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, entropies = _token_logprobs(logits, targets, temperature, entropy)
-        ctx.save_for_backward(logits, targets, entropies)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = token_rows(logits, targets, temperature, entropy, needs_slopes=True)
+        ctx.save_for_backward(logits, targets, *rows)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing in the backward
-        if not entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return rows.logprobs, rows.entropies
 
     @staticmethod
+    @first_order
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        # d logp_t / dz_j = [j = t] - p_j
-        logits, targets, entropies = ctx.saved_tensors
-        grad = torch.zeros_like(entropies) if grad is None else grad
-        grad_logits = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            temperature = of_rows(ctx.temperature, rows)
-            chunk = log_softmax(logits[rows], temperature)
-            slope = None if grad_entropy is None else entropy_slopes(chunk, entropies[rows])
-            probs, target = chunk.exp_(), targets[rows, None]
-            out = probs * -grad[rows, None]
-            out.scatter_add_(1, target, grad[rows, None])
-            if slope is not None:
-                out.addcmul_(slope, grad_entropy[rows, None])
-            grad_logits[rows] = out.div_(
-                temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
-            )
-        return grad_logits, None, None, None
+        logits, targets, *rows = ctx.saved_tensors
+        grads = slope_factors(grad, grad_entropy, rows[0], ctx.temperature)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        return slopes(logits, targets, ctx.temperature, Rows(*rows), *grads, out), None, None, None
+
+
+def slope_factors(
+    grad: torch.Tensor | None, grad_entropy: torch.Tensor | None, like: torch.Tensor, temperature: Temperature
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a backward is given, as `slopes` wants it."""
+    grad_entropy = grad_entropy if grad_entropy is not None and bool(grad_entropy.any()) else None
+    grad = torch.zeros_like(like) if grad is None else grad
+    if not isinstance(temperature, torch.Tensor) and temperature == 1.0:
+        return grad, grad_entropy
+    return grad / temperature, None if grad_entropy is None else grad_entropy / temperature
+
+
+# -- the native form -----------------------------------------------------------------------------------------------------
+
+
+def _native_rows(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool, needs_slopes: bool
+) -> Rows:
+    targets = targets.contiguous()  # names keep what is copied alive during the call
+    logits, temperatures, temperature = _given(logits, temperature)
+    num_rows = len(targets)
+    logprobs = torch.empty(num_rows, device="cpu")
+    entropies = torch.empty(num_rows, device="cpu") if entropy else None
+    sums = torch.empty(num_rows, 2, device="cpu") if needs_slopes else None
+    bad = ctypes.c_int64()
+    native.function("logprob", "logprob_forward", "pppppppiiifii")(
+        logits.data_ptr(), targets.data_ptr(), _address(temperatures), logprobs.data_ptr(), _address(entropies),
+        _address(sums), ctypes.addressof(bad), *logits.shape, logits.stride(0), temperature,
+        logits.dtype == torch.bfloat16, worth(logits.numel()),
+    )  # fmt: skip
+    if bad.value >= 0:
+        raise IndexError(
+            f"targets[{bad.value}] = {int(targets[bad.value])} is no token of logits {tuple(logits.shape)}"
+        )
+    return Rows(logprobs, entropies, sums)
+
+
+def _native_slopes(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: Temperature,
+    rows: Rows,
+    grad: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    if logits.dtype == torch.float16:
+        wide = logits.float()
+        return out.copy_(_native_slopes(wide, targets, temperature, rows, grad, grad_entropy, wide))
+    logits, temperatures, temperature = _given(logits, temperature)
+    targets, grad = targets.contiguous(), grad.contiguous()
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    given = (logits, targets, temperatures, rows.sums, rows.entropies, grad, grad_entropy, out)
+    native.function("logprob", "logprob_slopes", "ppppppppiiifii")(
+        *map(_address, given), *logits.shape, logits.stride(0), temperature, logits.dtype == torch.bfloat16,
+        worth(logits.numel()),
+    )  # fmt: skip
+    return out
+
+
+def _given(logits: torch.Tensor, temperature: Temperature) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Logits whose rows lie together, a temperature for each row or None, and the one of all."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if isinstance(temperature, torch.Tensor):
+        return logits, temperature.to(torch.float32).contiguous(), 1.0
+    return logits, None, temperature
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+# -- the Triton form -----------------------------------------------------------------------------------------------------
+
+
+def _check_rows(logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature) -> None:
+    """What torch's operations would refuse, and a kernel reads beyond its end."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}; they must be token ids, int64")
+    if isinstance(temperature, torch.Tensor) and temperature.shape != targets.shape:
+        raise ValueError(
+            f"temperature {tuple(temperature.shape)} must be a number or {tuple(targets.shape)}, one for each row of "
+            f"logits {tuple(logits.shape)}"
+        )
+    for name, x in (("targets", targets), ("temperature", temperature)):
+        if isinstance(x, torch.Tensor) and x.device != logits.device:
+            raise ValueError(f"{name} is on {x.device} and logits on {logits.device}; move one of them")
+
+
+def _on_gpu(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from rlhf.kernels import logprob_triton
+
+    rows = logprob_triton.token_logprobs(logits, targets, temperature, entropy)
+    return rows.logprobs, rows.entropies
+
+
+class _OnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from rlhf.kernels import logprob_triton
+
+        rows = logprob_triton.token_logprobs(logits, targets, temperature, entropy)
+        ctx.save_for_backward(logits, targets, rows.logprobs, rows.entropies, rows.top, rows.log_total)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return rows.logprobs, rows.entropies
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        from rlhf.kernels import logprob_triton
+
+        logits, targets, *of_rows = ctx.saved_tensors
+        rows = logprob_triton.Rows(*of_rows)
+        return (
+            logprob_triton.gradient(logits, targets, ctx.temperature, rows, grad, grad_entropy),
+            None,
+            None,
+            None,
+        )

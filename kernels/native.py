@@ -63,12 +63,12 @@ def function(name: str, symbol: str, arguments: str) -> Callable[..., None]:
 def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
     """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU."""
     dtype = tensors[0].dtype
-    return (
-        dtype in _DTYPES
-        and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
-        and width % _LANES == 0
-        and library(name) is not None
-    )
+    if dtype not in _DTYPES or width % _LANES:
+        return False
+    for x in tensors:  # plain code: this is asked before every operation
+        if x.dtype != dtype or not x.is_cpu:
+            return False
+    return library(name) is not None
 
 
 def form(device: torch.device | str) -> str:

@@ -78,6 +78,7 @@ def rms_norm(
     _forward[(triton.cdiv(tokens * heads, rows),)](
         x, x if change is None else change, weight, out, tokens * heads, heads, width, token,
         width if weight.dim() == 2 else 0, eps, change is not None, rows, block, num_warps=warps,
+        enable_fp_fusion=False,  # kv_triton.py adds up the same squares
     )  # fmt: skip
     return out
 

@@ -10,6 +10,14 @@ _PAIRS = 1024  # half-pairs of one program, about
 
 
 @triton.jit
+def turned(a, b, cos_a, cos_b, sin_a, sin_b, TRANSPOSED: tl.constexpr):
+    # the halves of rotated pairs; which product is rounded is said, so that every kernel has the same bits
+    if TRANSPOSED:
+        return tl.fma(a, cos_a, b * sin_b), tl.fma(b, cos_b, -(a * sin_a))
+    return tl.fma(a, cos_a, -(b * sin_a)), tl.fma(b, cos_b, a * sin_b)
+
+
+@triton.jit
 def _rotary(
     x, cos, sin, out, num_rows, heads, dim, x_token, out_token,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
@@ -28,11 +36,7 @@ def _rotary(
     sin_a = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     sin_b = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
     dtype = a.dtype
-    a = a.to(tl.float32)
-    if TRANSPOSED:
-        first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
-    else:
-        first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    first, second = turned(a.to(tl.float32), b, cos_a, cos_b, sin_a, sin_b, TRANSPOSED)
     to = token * out_token + head * dim + i
     tl.store(out + to, first.to(dtype), mask=inside)
     tl.store(out + to + half, second.to(dtype), mask=inside)

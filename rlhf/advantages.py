@@ -28,6 +28,7 @@ from rlhf.settings import bind
 
 STD_EPS = 1e-6  # added to the standard deviation
 WHITEN_EPS = 1e-8  # added to the variance
+_AT_ONCE = 1 << 17  # tokens whose sums are made at once: what a core's caches hold
 
 
 class _Groups(NamedTuple):
@@ -222,20 +223,53 @@ def gae(
     (GAE, arXiv 1506.02438 eq. 16), with t' the next token in `mask`, and V = A = 0 after the last.
 
     Tokens outside the mask (a tool's, padding) are no steps: they are skipped, not discounted, and get 0 whatever
-    stands there. lam is one number or (B,). Results have the rewards' dtype; sums are in float64.
+    stands there. lam is one number or (B,). Results have the rewards' dtype; sums are in float64, and a row's bits are
+    its own. Raises ValueError for shapes that do not fit.
     """
-    dtype = token_rewards.dtype
-    u, v = (torch.where(mask, x, 0.0).double() for x in (token_rewards, values))
-    decay = gamma * torch.as_tensor(lam, dtype=torch.float64, device=u.device)
-    advantages = torch.zeros_like(u)
-    next_value, next_advantage = u.new_zeros(len(u)), u.new_zeros(len(u))
-    for t in reversed(range(u.shape[1])):
-        here = u[:, t] + gamma * next_value - v[:, t] + decay * next_advantage
-        next_advantage = torch.where(mask[:, t], here, next_advantage)
-        next_value = torch.where(mask[:, t], v[:, t], next_value)
-        advantages[:, t] = here
-    advantages = torch.where(mask, advantages, 0.0)
-    return advantages.to(dtype), (advantages + v).to(dtype)
+    _check_tokens(token_rewards, values, mask, lam)
+    decay = gamma * torch.as_tensor(lam, dtype=torch.float64, device=mask.device).expand(len(mask))
+    advantages, returns = torch.empty_like(token_rewards), torch.empty_like(token_rewards)
+    rows = max(1, _AT_ONCE // max(1, mask.shape[1]))
+    for at in (slice(first, first + rows) for first in range(0, len(mask), rows)):
+        inside = mask[at]
+        u, v = (torch.where(inside, x[at], 0.0).double() for x in (token_rewards, values))
+        found = _gae(u, v, inside, gamma, decay[at, None])
+        advantages[at], returns[at] = found, found + v
+    return advantages, returns
+
+
+def _gae(
+    u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, gamma: float, decay: torch.Tensor
+) -> torch.Tensor:
+    """Advantages of rewards u and values v (B, T), both 0 outside the mask; decay (B, 1); all float64."""
+    counts = mask.sum(-1, keepdim=True)
+    place = torch.where(mask, counts + 1 - mask.cumsum(-1), 0)  # counted from the last token; 0 is after it
+    u, v = (x.new_zeros(len(x), int(counts.max()) + 1).scatter_(1, place, x) for x in (u, v))
+    sums = u - v
+    sums[:, 1:] += gamma * v[:, :-1]
+    step = sums[:, 1:]
+    distance = 1
+    while distance < step.shape[1]:  # each holds the sum of that many tokens, then of twice as many
+        step[:, distance:] += decay * step[:, :-distance]
+        distance, decay = 2 * distance, decay * decay
+    return sums.gather(1, place)
+
+
+def _check_tokens(
+    token_rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, lam: float | torch.Tensor
+) -> None:
+    shape = tuple(token_rewards.shape)
+    if len(shape) != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"token_rewards {shape}, mask of {mask.dtype}: they must be (B, T) and bool")
+    for name, x in (("values", values), ("mask", mask)):
+        if x.shape != shape:
+            raise ValueError(
+                f"{name} {tuple(x.shape)} for token_rewards {shape}; give one number for each token"
+            )
+    if isinstance(lam, torch.Tensor) and lam.shape not in ((), shape[:1]):
+        raise ValueError(
+            f"lam {tuple(lam.shape)} for token_rewards {shape}; it must be one number or {shape[:1]}"
+        )
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhf.kernels.kv import QUANTISED, KvScales, as_bytes
+
 
 def prefix_digests(version: int, token_ids: np.ndarray, page_tokens: int) -> list[bytes]:
     """A digest per full page of token_ids, each over the weight version and every token up to the page's end.
@@ -124,7 +126,8 @@ class PagePool:
 
 
 class KVPages:
-    """Keys and values of all layers: per layer two tensors (pages, kv heads, page_tokens, head size).
+    """Keys and values of all layers: per layer two tensors (pages, kv heads, page_tokens, head size), and for int8 and fp8
+    two of fp32 scales (pages, kv heads, page_tokens).
 
     Zero at first: a position that is masked out contributes 0 * value, which must not be NaN.
     """
@@ -135,7 +138,8 @@ class KVPages:
         self.shapes = tuple(shapes)  # (kv heads, head size) per layer
         self.page_tokens = page_tokens
         self.dtype, self.device = dtype, device
-        self.k, self.v = [self._zeros(0, s) for s in shapes], [self._zeros(0, s) for s in shapes]
+        self.is_quantised = dtype in QUANTISED
+        self.clear()
 
     @property
     def num_pages(self) -> int:
@@ -143,18 +147,26 @@ class KVPages:
 
     @property
     def page_bytes(self) -> int:
-        return 2 * self.page_tokens * self.dtype.itemsize * sum(heads * size for heads, size in self.shapes)
+        scale = torch.float32.itemsize if self.is_quantised else 0
+        of_token = sum(heads * (size * self.dtype.itemsize + scale) for heads, size in self.shapes)
+        return 2 * self.page_tokens * of_token
 
     def grow(self, num_pages: int) -> None:
         """Make room for `num_pages`, keeping what is there."""
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                tensors[layer] = self._zeros(num_pages, self.shapes[layer])
-                tensors[layer][: len(old)] = old
+                tensors[layer] = self._zeros(num_pages, *self.shapes[layer])
+                as_bytes(tensors[layer])[: len(old)] = as_bytes(old)
+        for layer, old in enumerate(self.scales or ()):
+            self.scales[layer] = self._zero_scales(num_pages, layer)
+            for to, given in zip(self.scales[layer], old):
+                to[: len(given)] = given
 
     def clear(self) -> None:
         """Give the memory back."""
-        self.k, self.v = [self._zeros(0, s) for s in self.shapes], [self._zeros(0, s) for s in self.shapes]
+        self.k, self.v = ([self._zeros(0, *s) for s in self.shapes] for _ in "kv")
+        layers = range(len(self.shapes))
+        self.scales = [self._zero_scales(0, layer) for layer in layers] if self.is_quantised else None
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
         """Copy the first num_tokens positions of each source page to its target page, in every layer."""
@@ -162,22 +174,30 @@ class KVPages:
             return
         source = torch.as_tensor(sources, device=self.device)
         target = torch.as_tensor(targets, device=self.device)
-        for pages in (*self.k, *self.v):
+        for pages in self._all():
             pages[target, :, :num_tokens] = pages[source, :, :num_tokens]
 
     def save(self, pages: Sequence[int]) -> list[torch.Tensor]:
         """The contents of pages, in host memory: what `load` takes."""
         rows = torch.as_tensor(pages, device=self.device)
-        return [tensor[rows].cpu() for tensor in (*self.k, *self.v)]
+        return [tensor[rows].cpu() for tensor in self._all()]
 
     def load(self, saved: Sequence[torch.Tensor], pages: Sequence[int]) -> None:
         """Put saved contents into as many pages."""
         rows = torch.as_tensor(pages, device=self.device)
-        for tensor, contents in zip((*self.k, *self.v), saved, strict=True):
+        for tensor, contents in zip(self._all(), saved, strict=True):
             tensor[rows] = contents.to(self.device)
 
-    def _zeros(self, num_pages: int, shape: tuple[int, int]) -> torch.Tensor:
-        heads, size = shape
+    def _all(self) -> list[torch.Tensor]:
+        """Every tensor; numbers of one byte as bytes."""
+        return [as_bytes(x) for x in (*self.k, *self.v, *(s for pair in self.scales or () for s in pair))]
+
+    def _zero_scales(self, num_pages: int, layer: int) -> KvScales:
+        shape = (num_pages, self.shapes[layer][0], self.page_tokens)
+        k, v = (torch.zeros(shape, dtype=torch.float32, device=self.device) for _ in "kv")
+        return k, v
+
+    def _zeros(self, num_pages: int, heads: int, size: int) -> torch.Tensor:
         full = (num_pages, heads, self.page_tokens, size)
         if self.device.type != "cpu" or num_pages == 0:
             return torch.zeros(full, dtype=self.dtype, device=self.device)

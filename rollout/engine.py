@@ -9,6 +9,8 @@ rewards, other processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +18,28 @@ from transformers import PreTrainedModel
 
 from rlhf.faults import fault_point
 from rlhf.kernels.attention import KEY_STEP
-from rlhf.kernels.random import uniform
-from rlhf.kernels.sampling import sample
+from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes
+from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
-from rlhf.rollout.request import Completion, Delta, EngineConfig, Request, Update
+from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
 from rlhf.rollout.scheduler import Scheduler, Step
+from rlhf.rollout.special import SpecialRows
 
 _MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
 
 
 class Engine:
-    """Samples completions from a model prepared by `rlhf.models.load`."""
+    """Samples completions from a model prepared by `rlhf.models.load`. `tokenizer`, a fast Hugging Face one, is needed
+    for stop texts and grammars only."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig, *, version: int = 0):
+    def __init__(
+        self, model: PreTrainedModel, config: EngineConfig, *, version: int = 0, tokenizer: Any = None
+    ):
         if config.page_tokens % KEY_STEP:
             raise ValueError(
                 f"page_tokens={config.page_tokens} is not a multiple of {KEY_STEP}; use 16, 32, 64, ..."
@@ -46,11 +52,12 @@ class Engine:
         self._pages = KVPages(
             [(heads, size) for heads, size, _ in kv_shapes(model)],
             config.page_tokens,
-            model.dtype,
+            KV_DTYPES.get(config.kv_dtype, model.dtype),
             model.device,
         )
         self._pool = PagePool(0)
-        self._runner = Runner(model, self._pages)
+        self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights))
+        self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, self._vocab)
         self._lengths = Lengths()
         self._jobs: dict[str, Job] = {}  # in work
         self._generating = self._was_training = False
@@ -129,6 +136,22 @@ class Engine:
         """Of the cache, by samples; what only the prefix cache holds does not count."""
         return self._pool.num_in_use
 
+    @property
+    def num_pages(self) -> int:
+        """Of the cache; 0 while it is not there."""
+        return self._pool.num_pages
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Since the start, the last `generate` or the last failure: tokens brought into the cache, those of them that were
+        found there, and how often work gave way."""
+        scheduler = self._scheduler
+        return {
+            "prefill_tokens": scheduler.prefill_tokens,
+            "hit_tokens": scheduler.hit_tokens,
+            "preempted": scheduler.num_preempted,
+        }
+
     def add(self, requests: Sequence[Request]) -> None:
         """Let requests wait for their turn, beside those in work. Raises ValueError as `generate` does; then none of
         them is taken."""
@@ -196,6 +219,7 @@ class Engine:
         jobs = self._samples.add(requests)
         for job in jobs:
             self._jobs[job.request.id] = job
+            self._special.add(job)
             limit = int(self._samples.limit[job.rows[0]])
             self._scheduler.add(job, self._lengths.expected(job.prompt, limit))
             if self._samples.is_done(job):  # it had been begun, and nothing was left to do
@@ -220,14 +244,32 @@ class Engine:
         """One token for every sample that is due, recorded in its row."""
         if not len(rows):
             return
-        samples, device = self._samples, logits.device
         if step.chunks:
-            logits = logits[torch.from_numpy(step.logit_rows).to(device)]
-        keys, counts = torch.from_numpy(samples.key[rows]), torch.from_numpy(samples.count[rows])
-        parameters = draw_parameters(samples, rows, device)
-        drawn = sample(logits, uniform(keys.to(device), counts.to(device)), **parameters)
+            logits = logits[torch.from_numpy(step.logit_rows).to(logits.device)]
+        special = self._special.among(rows)
+        if not len(special):
+            self._record(
+                rows, self._sample(rows, logits, draw_parameters(self._samples, rows, logits.device))
+            )
+            return
+        plain = np.setdiff1d(np.arange(len(rows)), special)
+        if len(plain):  # a row's draw is its own, so that others can be drawn apart
+            parameters = draw_parameters(self._samples, rows[plain], logits.device)
+            self._record(rows[plain], self._sample(rows[plain], logits[plain], parameters))
+        rows, raw = rows[special], logits[special]
+        parameters = draw_parameters(self._samples, rows, logits.device)
+        changed = self._special.logits(rows, raw)
+        drawn = self._sample(rows, changed, parameters)
+        self._record(rows, self._special.raw_logprobs(raw, drawn, parameters["temperature"]))
+        self._special.note(rows, raw, changed, parameters)
+
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor, parameters: dict[str, Any]) -> Sampled:
+        keys, counts = (torch.from_numpy(x[rows]) for x in (self._samples.key, self._samples.count))
+        return sample(logits, keys.to(logits.device), counts.to(logits.device), **parameters)
+
+    def _record(self, rows: np.ndarray, drawn: Sampled) -> None:
         columns = (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)
-        samples.record(rows, *(column.cpu().numpy() for column in columns), self.version)
+        self._samples.record(rows, *(column.cpu().numpy() for column in columns), self.version)
 
     def _news(self, drawing: np.ndarray) -> list[Update]:
         """Updates of the requests whose samples drew a token: of those that stream, and of those that are done."""
@@ -239,19 +281,29 @@ class Engine:
         updates = []
         for job in dict.fromkeys(samples.job[row] for row in rows.tolist()):
             assert job is not None, "a free row drew a token"
-            deltas = tuple(samples.newest(job, drawing)) if job.request.stream else ()
+            deltas = self._deltas(job, drawing) if job.request.stream else ()
             if samples.is_done(job):
                 updates.append(self._finished(job, deltas))
             elif deltas:
                 updates.append(Update(job.request.id, deltas, None))
         return updates
 
+    def _deltas(self, job: Job, drawing: np.ndarray) -> tuple[Delta, ...]:
+        news = self._samples.newest(job, drawing)
+        if not job.request.params.top_logprobs:
+            return tuple(news)
+        return tuple(replace(d, top_logprobs=self._special.top(int(job.rows[d.index]))[-1:]) for d in news)
+
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
         self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
         return Update(job.request.id, deltas, self._take_out(job))
 
     def _take_out(self, job: Job) -> tuple[Completion, ...]:
-        completions = tuple(self._samples.completions(job))
+        completions = tuple(
+            replace(c, top_logprobs=self._special.top(row)) if job.request.params.top_logprobs else c
+            for c, row in zip(self._samples.completions(job), job.rows.tolist(), strict=True)
+        )
+        self._special.remove(job)
         self._samples.free(job)
         del self._jobs[job.request.id]
         if not self._jobs:
@@ -283,6 +335,7 @@ class Engine:
                     f"request {name!r}: token id {bad} is outside the model's vocabulary of {self._vocab}; "
                     "tokenizer and model do not match"
                 )
+            self._special.check(request, self._vocab)
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
@@ -328,6 +381,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._samples, self._pool, self.config, version=self.version, put_by=self._pages
         )
+        self._special = SpecialRows(self._samples, self._tokenizer, self._grammars)
         self._done_at_once: list[Job] = []
         self._num_steps = self._num_finished = self._num_written = 0
         self._pool.peak_in_use = self._pool.num_in_use

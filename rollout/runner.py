@@ -23,9 +23,10 @@ from rlhf.rollout.scheduler import Chunk, Step
 class Runner:
     """Runs steps on `model`, which stays the trainer's: its tensors are read, never copied."""
 
-    def __init__(self, model: PreTrainedModel, pages: KVPages):
+    def __init__(self, model: PreTrainedModel, pages: KVPages, bits: int | None = None):
+        """`bits` 8 or 4: of copies of the layers' weights that the steps run from."""
         self.model, self.pages = model, pages
-        self.forward = StepForward(model)
+        self.forward = StepForward(model, bits)
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
@@ -44,6 +45,7 @@ class Runner:
             page_table=packed.page_table,
             context_lens=packed.context_lens,
             query_starts=packed.query_starts,
+            kv_scales=self.pages.scales,
         )
         keep = torch.from_numpy(packed.keep).to(device) if step.chunks else None
         logits = self.forward(token_ids, positions, context, keep)

@@ -22,6 +22,7 @@ _PER_SAMPLE = {  # what a row holds of one number each, and its type
     "temperature": np.float32,
     "top_k": np.int64,
     "top_p": np.float64,
+    "min_p": np.float64,
     "min_tokens": np.int64,
     "limit": np.int64,  # most response tokens, within the context
     "prompt_tokens": np.int64,
@@ -56,6 +57,7 @@ class Samples:
     temperature: np.ndarray
     top_k: np.ndarray
     top_p: np.ndarray
+    min_p: np.ndarray
     min_tokens: np.ndarray
     limit: np.ndarray
     prompt_tokens: np.ndarray
@@ -105,7 +107,7 @@ class Samples:
             array = getattr(self, name)
             array[rows] = np.repeat(np.asarray(values, array.dtype), counts, axis=0)
 
-        for name in ("temperature", "top_k", "top_p", "min_tokens"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "min_tokens"):
             put(name, [getattr(p, name) for p in params])
         put("limit", limits)
         put("prompt_tokens", [len(t) for t in prompts])
@@ -250,12 +252,14 @@ def draw_parameters(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    top_k, top_p, stops = samples.top_k[rows], samples.top_p[rows], samples.stops[rows]
+    top_k, top_p, min_p = samples.top_k[rows], samples.top_p[rows], samples.min_p[rows]
+    stops = samples.stops[rows]
     early = (samples.count[rows] < samples.min_tokens[rows])[:, None] & (stops >= 0)
     row, column = np.nonzero(early)
     return {
         "temperature": tensor(samples.temperature[rows]),
         "top_k": tensor(top_k) if (top_k > 0).any() else None,
         "top_p": tensor(top_p) if (top_p < 1).any() else None,
+        "min_p": tensor(min_p) if (min_p > 0).any() else None,
         "banned": (tensor(row), tensor(stops[row, column])) if len(row) else None,
     }

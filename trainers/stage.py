@@ -209,7 +209,7 @@ class Stage:
 
     def greedy_rewards(self, groups: Sequence[RolloutGroup], step: int) -> torch.Tensor:
         """(B,) fp32: for every rollout, the reward of the greedy answer to its prompt (ReMax's baseline)."""
-        greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
+        greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         answers = self.sampler.generate(
             [group.prompt for group in groups], greedy, samples=1, purpose="greedy", step=step
         )

@@ -231,6 +231,10 @@ class Worker(WeightMethods):
             max_batch_tokens=r.max_batch_tokens,
             max_sequences=r.max_sequences,
             prefix_cache=r.prefix_cache,
+            policy=r.order,
+            preemption=r.preemption,
+            kv_dtype=r.kv_dtype,
+            weights=r.weights,
         )
         return Engine(model, config)
 

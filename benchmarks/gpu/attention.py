@@ -5,20 +5,39 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.measure import DEVICE, TOLERANCES, Check, Timing, close, kind, made, same, time_ms
-from rlhf.kernels import attention_triton
-from rlhf.kernels.attention import Plan, attend_packed, attend_paged, write_kv
+from rlhf.kernels import attention_triton, kv_triton
+from rlhf.kernels.attention import Plan, attend_packed, attend_paged
+from rlhf.kernels.kv import (
+    KvScales,
+    kv_rows,
+    norm_rotate_write,
+    quantised,
+    write_kv,
+    write_rows,
+)
+from rlhf.kernels.norm import rms_norm
+from rlhf.kernels.rotary import rotate
+
+FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 GOALS = {"decode attention": 0.85, "attention forward": 0.60, "attention backward": 0.45}  # on an H200
+_WRITE_GOAL = 0.85
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for dim in (64, 128, 256):
         yield from _calls(dtype, dim)
+    if dtype != torch.float16:
+        yield from _quantised_calls(dtype)
+    if dtype == torch.bfloat16:
+        yield from _write_calls(dtype)
+        yield from _masked_calls(dtype)
 
 
 def checks(quick: bool) -> Iterator[Check]:
@@ -29,14 +48,22 @@ def checks(quick: bool) -> Iterator[Check]:
             yield from _values(dtype, tolerance, quick)
     for dtype in (torch.bfloat16, torch.float32):
         yield from _bits(dtype, quick)
+        for stored in FORMATS:
+            yield from _bits(dtype, quick, stored)
+        yield from _one_pass(dtype, quick)
+    yield from _near_full_precision(quick)
 
 
 def timings(top: dict[str, float]) -> Iterator[Timing]:
     for dim, heads, kv_heads in ((128, 32, 8), (128, 16, 8), (64, 32, 8)):
         for batch, context in ((32, 1024), (32, 8192), (128, 2048), (1, 8192)):
-            yield _decode(top, batch, context, dim, heads, kv_heads)
+            for stored in (None, *FORMATS):
+                yield _decode(top, batch, context, dim, heads, kv_heads, stored)
         for length in (2048, 8192):
             yield from _prefill(top, length, dim, heads, kv_heads)
+    for tokens in (256, 8192):
+        for stored in (None, *FORMATS):
+            yield _written(top, tokens, 128, 16, 8, stored)
 
 
 def _calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -59,6 +86,56 @@ def _calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any
     yield f"attention, decode {dim}", lambda: forward(q[:2], pages, pages, decode, **options)
 
 
+def _quantised_calls(dtype: torch.dtype, dim: int = 128) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Of fp32 one, since what differs there is little."""
+    table, scales = torch.arange(40)[:22].view(2, 11), (torch.zeros(40, 2, 64),) * 2
+    options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None, "share_out": True}
+
+    def call(stored: str, lens: list[int]) -> Any:
+        pages = torch.zeros(40, 2, 64, dim, dtype=FORMATS[stored])
+        plan = Plan(lens, [700, 300], page_table=table, page_tokens=64)
+        q = torch.zeros(sum(lens), 8, dim, dtype=dtype)
+        return attention_triton.forward(q, pages, pages, plan, kv_scales=scales, **options)
+
+    yield f"attention, decode of int8 {dim}", lambda: call("int8", [1, 1])
+    if dtype == torch.bfloat16:
+        yield f"attention, chunks of int8 pages {dim}", lambda: call("int8", [300, 20])
+        yield f"attention, decode of fp8 {dim}", lambda: call("fp8", [1, 1])
+        yield f"attention, decode of fp8's bits {dim}", lambda: _without_fp8(lambda: call("fp8", [1, 1]))
+
+
+def _without_fp8(call: Callable[[], Any]) -> Any:
+    with mock.patch.object(attention_triton, "_has_fp8", lambda device: False):
+        return call()
+
+
+def _write_calls(dtype: torch.dtype, dim: int = 128) -> Iterator[tuple[str, Callable[[], Any]]]:
+    q, k, cos = (torch.zeros(64, *shape, dtype=dtype) for shape in ((8, dim), (2, dim), (dim,)))
+    weights, rows, both = torch.zeros(10, dim, dtype=dtype), torch.arange(128), (torch.zeros(4, 2, 64),) * 2
+    for stored, scales in ((dtype, None), *((x, both) for x in FORMATS.values())):
+        pages = torch.zeros(4, 2, 64, dim, dtype=stored)
+        yield (
+            f"norm, rotate and write {kind(stored)}",
+            lambda p=pages, s=scales: kv_triton.norm_rotate_write(
+                q, k, k, p, p, rows, cos, cos, weights, 1e-6, s
+            ),
+        )
+        if scales is not None:
+            yield f"write {kind(stored)}", lambda p=pages, s=scales: kv_triton.write(p, s[0], k, rows)
+
+
+def _masked_calls(dtype: torch.dtype, dim: int = 128) -> Iterator[tuple[str, Callable[[], Any]]]:
+    plan = Plan([1000], [1000], block_mask=torch.ones(8, 8, dtype=torch.bool))
+    options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None}
+    q, k = (torch.zeros(1000, heads, dim, dtype=dtype) for heads in (8, 2))
+    logs, forward = torch.zeros(1000, 8), functools.partial(attention_triton.forward, share_out=False)
+    yield "attention with a block mask", lambda: forward(q, k, k, plan, **options)
+    yield (
+        "attention backward with a block mask",
+        lambda: attention_triton.gradients(q, k, k, q, logs, q, plan, **options),
+    )
+
+
 def _values(dtype: torch.dtype, tolerance: float, quick: bool) -> Iterator[Check]:
     lens = [5, 40] if quick else [5, 700, 1, 300, 64]
     options: list[dict[str, Any]] = (
@@ -79,8 +156,9 @@ def _values(dtype: torch.dtype, tolerance: float, quick: bool) -> Iterator[Check
                 )  # fmt: skip
 
 
-def _bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
-    """Packed, in chunks from pages, and token after token: the same numbers."""
+def _bits(dtype: torch.dtype, quick: bool, stored: str | None = None) -> Iterator[Check]:
+    """Packed, in chunks from pages, and token after token: the same numbers. Of pages in another format whole prompts from
+    pages are the standard; in fp32 they are the pack of what the pages hold."""
     lens = [20, 300] if quick else [17, 300, 1025, 700]
     heads, kv_heads, dim, page = 8, 2, 64 if quick else 128, 64
     scale, n = dim**-0.5, sum(lens)
@@ -90,9 +168,7 @@ def _bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
     table = torch.randperm(pages_each * len(lens), generator=torch.Generator().manual_seed(3)).view(
         len(lens), -1
     )
-    k_pages, v_pages = (
-        torch.zeros(table.numel(), kv_heads, page, dim, dtype=dtype, device=DEVICE) for _ in "kv"
-    )
+    k_pages, v_pages, scales = _pages(table.numel(), kv_heads, page, dim, stored, dtype)
     starts = [sum(lens[:i]) for i in range(len(lens))]
     slots = torch.cat(
         [
@@ -100,8 +176,20 @@ def _bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
             for s, length in enumerate(lens)
         ]
     )
-    write_kv(k_pages, v_pages, k, v, slots.to(DEVICE))
-    for alone, (start, length) in enumerate(zip(starts, lens)):
+    write_kv(k_pages, v_pages, k, v, slots.to(DEVICE), kv_scales=scales)
+    about = kind(dtype) + (f" with {stored} pages" if stored else "")
+    if scales is not None:
+        rows = kv_rows(slots.to(DEVICE), kv_heads, page)
+        held = [
+            (x.float() * s[..., None]).view(-1, dim)[rows].view(n, kv_heads, dim)
+            for x, s in zip((k_pages, v_pages), scales)
+        ]
+        whole = Plan(lens, lens, page_table=table, page_tokens=page, device=DEVICE)
+        packed = attend_paged(q, k_pages, v_pages, whole, scale=scale, kv_scales=scales)
+        if dtype == torch.float32:
+            of_held = attend_packed(q, *held, Plan(lens, lens, device=DEVICE), scale=scale)
+            yield same(f"attention {about}, the pack of their values", packed, of_held)
+    for alone, (start, length) in enumerate(zip(starts, lens) if stored is None else ()):
         own = slice(start, start + length)
         got = attend_packed(q[own], k[own], v[own], Plan([length], [length], device=DEVICE), scale=scale)
         yield same(f"attention {kind(dtype)}, sequence {alone} alone", got, packed[own])
@@ -112,28 +200,131 @@ def _bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
         own = torch.cat(
             [torch.arange(s + length - c, s + length) for s, length, c in zip(starts, lens, counts)]
         ).to(DEVICE)
-        got = attend_paged(q[own], k_pages, v_pages, plan, scale=scale)
-        yield same(f"attention {kind(dtype)}, the last {chunk} from pages", got, packed[own])
+        got = attend_paged(q[own], k_pages, v_pages, plan, scale=scale, kv_scales=scales)
+        yield same(f"attention {about}, the last {chunk} from pages", got, packed[own])
+
+
+def _pages(
+    count: int, heads: int, page: int, dim: int, stored: str | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, KvScales | None]:
+    k, v = (
+        torch.zeros(count, heads, page, dim, dtype=FORMATS.get(stored, dtype), device=DEVICE) for _ in "kv"
+    )
+    return (
+        k,
+        v,
+        None if stored is None else tuple(torch.zeros(count, heads, page, device=DEVICE) for _ in "kv"),
+    )
+
+
+def _one_pass(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
+    """Heads normed, rotated and written by one kernel and by several."""
+    tokens, page = (9, 16) if quick else (1000, 64)
+    for heads, kv_heads, dim in (
+        ((3, 1, 64),) if quick else ((16, 8, 128), (5, 1, 96), (8, 2, 64), (8, 4, 256))
+    ):
+        fused = made(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+        q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
+        cos, sin, weights = (
+            made(n, dim, dtype=dtype, seed=i) for i, n in ((1, tokens), (2, tokens), (3, heads + kv_heads))
+        )
+        rows = kv_rows(torch.arange(tokens, device=DEVICE), kv_heads, page)
+        for stored in (None, *FORMATS):
+            ours, theirs = (_pages(-(-tokens // page), kv_heads, page, dim, stored, dtype) for _ in range(2))
+            both = rotate(rms_norm(fused[:, : heads + kv_heads], weights, 1e-6), cos, sin)
+            write_rows(*theirs[:2], both[:, heads:], v, rows, kv_scales=theirs[2])
+            options = {"cos": cos, "sin": sin, "norm_weights": weights, "eps": 1e-6, "kv_scales": ours[2]}
+            got = norm_rotate_write(q, k, v, *ours[:2], rows, **options)
+            name = f"norm, rotate, write {heads}/{kv_heads} x {dim} {kind(dtype)} as {stored or 'it is'}"
+            yield same(f"{name}, q", got, both[:, :heads])
+            for part, a, b in zip("kv", ours, theirs):
+                yield same(f"{name}, {part}", a.float(), b.float())
+
+
+def _near_full_precision(quick: bool) -> Iterator[Check]:
+    length, heads, kv_heads, dim, page = 100 if quick else 2000, 8, 2, 64 if quick else 128, 64
+    q, k, v = (
+        made(length, h, dim, dtype=torch.float16, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads))
+    )
+    k[:, :, 3] += 10.0  # channels that are larger than the others, as models have them
+    full = attend_packed(
+        q.float(), k.float(), v.float(), Plan([length], [length], device=DEVICE), scale=dim**-0.5
+    )
+    pages = -(-length // page)
+    plan = Plan([length], [length], page_table=torch.arange(pages)[None], page_tokens=page, device=DEVICE)
+    for stored, most in (("int8", 0.04), ("fp8", 0.12)):
+        k_pages, v_pages, scales = _pages(pages, kv_heads, page, dim, stored, q.dtype)
+        write_kv(k_pages, v_pages, k, v, torch.arange(length, device=DEVICE), kv_scales=scales)
+        got = attend_paged(q, k_pages, v_pages, plan, scale=dim**-0.5, kv_scales=scales)
+        error = float((got - full).norm() / full.norm())
+        yield Check(
+            f"attention with {stored} pages, near full precision",
+            error < most,
+            f"{error:.4f}, {most} allowed",
+        )
 
 
 def _decode(
-    top: dict[str, float], batch: int, context: int, dim: int, heads: int, kv_heads: int, page: int = 64
+    top: dict[str, float],
+    batch: int,
+    context: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    stored: str | None = None,
+    page: int = 64,
 ) -> Timing:
     num_pages = batch * context // page
     k_pages, v_pages = (made(num_pages, kv_heads, page, dim, seed=i) for i in (1, 2))
+    pages, scales = (k_pages, v_pages), None
+    if stored is not None:
+        (k_read, k_scales), (v_read, v_scales) = (quantised(x, FORMATS[stored]) for x in pages)
+        pages, scales = (k_read, v_read), (k_scales, v_scales)
     table = torch.arange(num_pages).view(batch, -1)
     plan = Plan([1] * batch, [context] * batch, page_table=table, page_tokens=page, device=DEVICE)
     q, scale = made(batch, heads, dim), dim**-0.5
-    ms = time_ms(lambda: attend_paged(q, k_pages, v_pages, plan, scale=scale))
+    ms = time_ms(lambda: attend_paged(q, *pages, plan, scale=scale, kv_scales=scales))
     k, v = (
         x.view(batch, -1, kv_heads, page, dim).transpose(1, 2).reshape(batch, kv_heads, context, dim)
         for x in (k_pages, v_pages)
     )
     other = time_ms(lambda: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True))
-    share = 2 * k_pages.nbytes / ms / top["copy"]
+    read = sum(x.nbytes for x in (*pages, *(scales or ())))
+    share = read / ms / top["copy"]
     goal = GOALS["decode attention"] if batch >= 32 else None
-    shape = f"{batch} x {context}, {heads}/{kv_heads} x {dim}"
-    return Timing("decode attention", shape, ms, share, goal, "SDPA, no pages", other / ms)
+    shape = f"{batch} x {context}, {heads}/{kv_heads} x {dim}{f', {stored}' if stored else ''}"
+    return Timing("decode attention", shape, ms, share, goal, "SDPA, bf16, no pages", other / ms)
+
+
+def _written(
+    top: dict[str, float],
+    tokens: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    stored: str | None,
+    page: int = 64,
+) -> Timing:
+    """Heads normed, rotated and written, against the separate operations."""
+    fused = made(tokens, heads + 2 * kv_heads, dim)
+    q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
+    cos, weights = made(tokens, dim), made(heads + kv_heads, dim)
+    rows = kv_rows(torch.arange(tokens, device=DEVICE), kv_heads, page)
+    k_pages, v_pages, scales = _pages(-(-tokens // page), kv_heads, page, dim, stored, torch.bfloat16)
+    options = {"cos": cos, "sin": cos, "norm_weights": weights, "eps": 1e-6, "kv_scales": scales}
+
+    def separate() -> None:
+        both = rotate(rms_norm(fused[:, : heads + kv_heads], weights, 1e-6), cos, cos)
+        write_rows(k_pages, v_pages, both[:, heads:], v, rows, kv_scales=scales)
+
+    ms = time_ms(lambda: norm_rotate_write(q, k, v, k_pages, v_pages, rows, **options))
+    written = tokens * kv_heads * 2 * (dim * k_pages.element_size() + (4 if scales else 0))
+    moved = fused.nbytes + q.numel() * 2 + written + 2 * cos.nbytes
+    shape = f"{tokens} x {heads}/{kv_heads} x {dim}{f', {stored}' if stored else ''}"
+    goal = _WRITE_GOAL if tokens >= 8192 else None
+    return Timing(
+        "norm, rotate, write", shape, ms, moved / ms / top["copy"], goal, "separate", time_ms(separate) / ms
+    )
 
 
 def _prefill(top: dict[str, float], length: int, dim: int, heads: int, kv_heads: int) -> Iterator[Timing]:

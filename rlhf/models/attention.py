@@ -21,7 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.kernels.attention import Plan, attend_packed, attend_paged, check_slots, kv_rows, write_rows
+from rlhf.kernels.attention import Plan, attend_packed, attend_paged
+from rlhf.kernels.kv import (
+    KvScales,
+    check_pages,
+    check_slots,
+    kv_rows,
+    norm_rotate_write,
+    write_rows,
+    writes_in_one_pass,
+)
 
 NAME = "rlhf"
 
@@ -78,11 +87,13 @@ class PagedContext:
     page_table: np.ndarray | torch.Tensor  # (S, max pages) int, pages of each sequence in order
     context_lens: np.ndarray | torch.Tensor | Sequence[int]  # (S,) positions, new tokens included
     query_starts: np.ndarray | torch.Tensor | Sequence[int]  # (S+1,), where each sequence's new tokens begin
+    kv_scales: Sequence[KvScales] | None = None  # per layer, of int8 and fp8 pages
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
         starts = self.query_starts
         starts = starts.cpu().numpy() if isinstance(starts, torch.Tensor) else np.asarray(starts)
+        check_pages(self.k_pages[0], self.v_pages[0], self._scales(0))
         _, heads, page_tokens, _ = self.k_pages[0].shape
         self.plan = Plan(
             np.diff(starts),
@@ -99,12 +110,43 @@ class PagedContext:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
-        k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
-        heads = k.shape[1]
+        k_pages, v_pages, scales = self.k_pages[layer], self.v_pages[layer], self._scales(layer)
+        write_rows(k_pages, v_pages, k, v, self._rows_of(k.shape[1]), kv_scales=scales)
+        return attend_paged(q, k_pages, v_pages, self.plan, kv_scales=scales, **options)
+
+    def takes_heads(
+        self, layer: int, q: torch.Tensor, cos: torch.Tensor, norm_weights: torch.Tensor | None
+    ) -> bool:
+        """Whether `attend_heads` serves the layer."""
+        return writes_in_one_pass(q, self.k_pages[layer], cos, norm_weights)
+
+    def attend_heads(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norm_weights: torch.Tensor | None,
+        eps: float,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """`attend` of heads that are still to be normed, where there are weights, and rotated: in one kernel with the writing
+        of k and v. Shapes as `rlhf.kernels.kv.norm_rotate_write` has them."""
+        k_pages, v_pages, scales = self.k_pages[layer], self.v_pages[layer], self._scales(layer)
+        rows, angles = self._rows_of(k.shape[1]), {"cos": cos, "sin": sin}
+        norm = {"norm_weights": norm_weights, "eps": eps}
+        q = norm_rotate_write(q, k, v, k_pages, v_pages, rows, kv_scales=scales, **angles, **norm)
+        return attend_paged(q, k_pages, v_pages, self.plan, kv_scales=scales, **options)
+
+    def _scales(self, layer: int) -> KvScales | None:
+        return None if self.kv_scales is None else self.kv_scales[layer]
+
+    def _rows_of(self, heads: int) -> torch.Tensor:
         if heads not in self._rows:
-            self._rows[heads] = kv_rows(self.slots, heads, k_pages.shape[2])
-        write_rows(k_pages, v_pages, k, v, self._rows[heads])
-        return attend_paged(q, k_pages, v_pages, self.plan, **options)
+            self._rows[heads] = kv_rows(self.slots, heads, self.k_pages[0].shape[2])
+        return self._rows[heads]
 
 
 _current: StepContext | None = None

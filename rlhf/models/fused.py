@@ -4,7 +4,8 @@ Here: `StepForward`, the logits of a step's tokens. Where the model is a decoder
 Qwen2, Qwen3 and what else is built like them) it runs their modules' arithmetic itself: one product for q, k and
 v, one for gate and up, q and k normed and rotated together, no masks, caches or output objects. The parameters
 stay the modules' own; linears that are not plain (adapters) are called as they are. It is used only where it gave
-the bits of the model's own forward when it was built; every other model runs as transformers wrote it. Not here:
+the bits of the model's own forward when it was built; every other model runs as transformers wrote it. Its layers'
+linears can run from copies of 8 or 4 bits, made when the weights have changed (embeddings and head stay whole). Not here:
 training and scoring, which always go through the modules; attention (`rlhf.models.attention`).
 """
 
@@ -22,8 +23,9 @@ from rlhf.kernels.activation import swiglu
 from rlhf.kernels.attention import Plan
 from rlhf.kernels.linear import can_pack, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
+from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
 from rlhf.kernels.rotary import rotate_
-from rlhf.models.attention import PackedContext, StepContext, use_context
+from rlhf.models.attention import PackedContext, PagedContext, StepContext, use_context
 from rlhf.models.linear import InvariantLinear
 from rlhf.models.swap import FastRMSNorm, GatedMLP
 from rlhf.models.value_head import NAME as VALUE_HEAD
@@ -40,9 +42,15 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 class StepForward:
     """Logits of packed tokens under a context of `rlhf.models.attention`; the model is read, never changed."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bits: int | None = None) -> None:
+        """`bits` 8 or 4: of the layers' weights. Raises ValueError where the model's cannot have so few."""
         self._model = model
         self._decoder = _decoder(model)
+        if bits is not None and (self._decoder is None or not self._decoder.quantize(bits)):
+            raise ValueError(
+                f"weights of {bits} bits: the model is not a decoder of Llama's kind with plain linears (adapters are not), "
+                "for 4 bits of sizes that are multiples of 64; set rollout.weights: auto"
+            )
         self.refresh()
 
     @property
@@ -116,9 +124,12 @@ class _Decoder:
             layer.refresh()
 
     def drop_packs(self) -> None:
-        for layer in self.layers:
-            layer.qkv.drop_pack()
-            layer.gate_up.drop_pack()
+        for joined in (j for layer in self.layers for j in layer.joined):
+            joined.drop_pack()
+
+    def quantize(self, bits: int) -> bool:
+        """From the next `refresh` on the layers' linears have so many bits; False where one cannot."""
+        return all([layer.quantize(bits) for layer in self.layers])
 
     def __call__(
         self,
@@ -147,15 +158,23 @@ class _Layer:
         self.qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
         self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
+        self.joined = [self.qkv, self.gate_up]
         self.head_dim: int = attention.head_dim
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.head_norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         self.head_weights: torch.Tensor | None = None  # (Hq + Hkv, D), of the two norms
 
+    def quantize(self, bits: int) -> bool:
+        self.o_proj, self.down_proj = _Joined([self.o_proj]), _Joined([self.down_proj])
+        self.joined = [self.qkv, self.gate_up, self.o_proj, self.down_proj]
+        for joined in self.joined:
+            joined.bits = bits
+        return all(joined.can_join() for joined in self.joined)
+
     def refresh(self) -> None:
-        self.qkv.refresh()
-        self.gate_up.refresh()
+        for joined in self.joined:
+            joined.refresh()
         if self.head_norms is not None:
             q, k = (norm.weight.detach() for norm in self.head_norms)
             self.head_weights = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
@@ -171,12 +190,20 @@ class _Layer:
         """x (N, H) += change, += attention; returns the MLP's change."""
         heads = self.qkv(_normed(x, self.norms[0], change)).view(len(x), -1, self.head_dim)
         both = self.heads + self.kv_heads
-        rotated = heads[:, :both]
-        if self.head_norms is not None:
-            rotated = rms_norm(rotated, self.head_weights, self.head_norms[0].variance_epsilon)
-        rotate_(rotated, cos, sin)
-        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], heads[:, both:]
-        change = self.o_proj(context.attend(self.index, q, k, v, self.options).view(len(x), -1))
+        rotated, v = heads[:, :both], heads[:, both:]
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].variance_epsilon
+        if isinstance(context, PagedContext) and context.takes_heads(
+            self.index, heads, cos, self.head_weights
+        ):
+            q, k = rotated[:, : self.heads], rotated[:, self.heads :]
+            out = context.attend_heads(self.index, q, k, v, cos, sin, self.head_weights, eps, self.options)
+        else:
+            if self.head_norms is not None:
+                rotated = rms_norm(rotated, self.head_weights, eps)
+            rotate_(rotated, cos, sin)
+            q, k = rotated[:, : self.heads], rotated[:, self.heads :]
+            out = context.attend(self.index, q, k, v, self.options)
+        change = self.o_proj(out.view(len(x), -1))
         gate, up = self.gate_up(_normed(x, self.norms[1], change)).chunk(2, -1)
         return self.down_proj(swiglu(gate, up))
 
@@ -186,36 +213,43 @@ class _Joined:
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self.linears = linears
+        self.bits: int | None = None  # 8 or 4: of a copy that is made of the weights; None: all of theirs
         self._packed: torch.Tensor | None = None
-        self._weight: torch.Tensor | None = None
+        self._quantized: QuantizedWeight | None = None
         self._bias: torch.Tensor | None = None
         self._source: tuple[Any, ...] | None = None
 
     def refresh(self) -> None:
         """Join the weights again if one of them changed."""
-        tensors = [t for m in self.linears for t in (m.weight, m.bias)] if self._can_join() else None
+        tensors = [t for m in self.linears for t in (m.weight, m.bias)] if self.can_join() else None
         source = tensors and tuple(t if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
         if source == self._source:
             return
         self.drop_pack()
         if source is not None:
-            self._packed = pack(torch.cat([m.weight.detach() for m in self.linears]))
+            weight = torch.cat([m.weight.detach() for m in self.linears])
+            if self.bits is None:
+                self._packed = pack(weight)
+            else:
+                self._quantized = quantize(weight, self.bits)
             self._bias = None if tensors[1] is None else torch.cat([m.bias.detach() for m in self.linears])
             self._source = source
 
     def drop_pack(self) -> None:
-        self._packed = self._bias = self._source = None
+        self._packed = self._quantized = self._bias = self._source = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._quantized is not None:
+            return quantized_linear(x, self._quantized, self._bias)
         if self._packed is None:
             return torch.cat([m(x) for m in self.linears], -1)
         return packed_linear(x, self._packed, self._bias)
 
-    def _can_join(self) -> bool:
-        first = self.linears[0]
+    def can_join(self) -> bool:
+        first, bits = self.linears[0], self.bits
         return all(
             type(m) is InvariantLinear
-            and can_pack(m.weight)
+            and (can_pack(m.weight) if bits is None else can_quantize(tuple(m.weight.shape), bits))
             and m.weight.dtype == first.weight.dtype
             and (m.bias is None) == (first.bias is None)
             for m in self.linears

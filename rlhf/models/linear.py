@@ -1,8 +1,8 @@
 """Linears whose rows do not depend on the number of rows, inside a Hugging Face model.
 
 Here: the module, which keeps a packed copy of its weight, and dropping the copies when weights change. Not here: the
-product (`rlhf.kernels.linear`), and which modules become it (`rlhf.models.swap`). On CUDA it is `F.linear`: nothing is
-packed and nothing is promised about rows.
+product (`rlhf.kernels.linear`), and which modules become it (`rlhf.models.swap`). On CUDA nothing is packed: the product
+there reads the weight as it lies.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ class InvariantLinear(nn.Linear):
     _packed: PackedWeight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed = self.packed_weight()
-        if packed is None or x.dtype != self.weight.dtype:
+        if x.dtype != self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
-        return linear(x, self.weight, self.bias, packed)
+        return linear(x, self.weight, self.bias, self.packed_weight())
 
     def packed_weight(self) -> torch.Tensor | None:
         """The pack of the weight as it is now; None where there is no kernel for it."""

@@ -250,10 +250,10 @@ _TABLE: dict[str, tuple[Need, ...]] = {
     **_of("data", "label_column", _one_of("method", "kto")),
     **_of("data", "steps_column step_labels_column step_separator", _one_of("method", "prm")),
     # sampling
-    **_of("rollout", "group_size temperature top_k top_p", _TRAINING_SAMPLES),
+    **_of("rollout", "group_size temperature top_k top_p min_p", _TRAINING_SAMPLES),
     **_of(
         "rollout",
-        "max_response_tokens stop page_tokens cache_tokens max_batch_tokens max_sequences prefix_cache",
+        "max_response_tokens stop page_tokens cache_tokens kv_dtype weights max_batch_tokens max_sequences prefix_cache order preemption",
         _SAMPLER,
     ),
     # policy gradients

@@ -228,13 +228,14 @@ def warnings(recipe: Recipe) -> Iterator[Inconsistency]:
     """What does less than it says, or something else, although the recipe can be run."""
     if by_policy_gradient(recipe):
         yield from _truncated_sampling(recipe)
+        yield from _rounded_sampler(recipe)
         if updates_per_step(recipe) == 1:
             yield from _idle(recipe)
 
 
 def _truncated_sampling(recipe: Recipe) -> Iterator[Inconsistency]:
-    """Ratios and corrections are of the whole distribution: what top-k and top-p take away they do not see."""
-    cut = {key: getattr(recipe.rollout, key) for key in ("top_k", "top_p")}
+    """Ratios and corrections are of the whole distribution: what top-k, top-p and min-p take away they do not see."""
+    cut = {key: getattr(recipe.rollout, key) for key in ("top_k", "top_p", "min_p")}
     cut = {
         key: value for key, value in cut.items() if value != type(recipe.rollout).model_fields[key].default
     }
@@ -245,6 +246,20 @@ def _truncated_sampling(recipe: Recipe) -> Iterator[Inconsistency]:
             "one's, so that the gradient is biased; leave it out where the policy learns from its samples"
         )
         yield tuple(f"rollout.{key}" for key in cut), message
+
+
+def _rounded_sampler(recipe: Recipe) -> Iterator[Inconsistency]:
+    """Samples from rounded weights, keys or values are another policy's, near the trainer's."""
+    what = {"kv_dtype": "keys and values", "weights": "weights"}
+    rounded = [key for key in what if getattr(recipe.rollout, key) != "auto"]
+    if rounded and recipe.algorithm.correction == "none":
+        named = ", ".join(f"{key}: {getattr(recipe.rollout, key)}" for key in rounded)
+        message = (
+            f"{named} and no correction: samples come from rounded {' and '.join(what[key] for key in rounded)}, so that the "
+            "sampler's log-probs are not the trainer's (mismatch/*) and the gradient is biased; set algorithm.correction, "
+            "such as tis"
+        )
+        yield (*(f"rollout.{key}" for key in rounded), "algorithm.correction"), message
 
 
 def _idle(recipe: Recipe) -> Iterator[Inconsistency]:

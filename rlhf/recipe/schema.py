@@ -238,6 +238,8 @@ class RolloutConfig(Section):
     """Sample among the k likeliest tokens; 0 = all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample among the likeliest tokens that together hold this probability."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample among tokens with at least this share of the likeliest one's probability (2407.01082); 0 = all."""
     max_response_tokens: Positive = 512
     """Longest response in tokens."""
     stop: list[str] = Field(default_factory=list)
@@ -246,12 +248,30 @@ class RolloutConfig(Section):
     """Tokens in one page of the key/value cache."""
     cache_tokens: Positive | None = None
     """Size of the key/value cache in tokens; default: what one step needs, within the memory that is free."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Numbers of the key/value cache: auto = the model's; int8 and fp8 (e4m3), with a scale for each token and key head, hold
+    about twice the tokens of bf16, but the sampler's log-probs are then not the trainer's (mismatch/*): set
+    algorithm.correction."""
+    weights: Literal["auto", "int8", "int4"] = "auto"
+    """Weights of the engine's layers: auto = the model's; int8 and int4 are copies of a half or a quarter of bf16's size,
+    made anew at each version, for few sequences at a time; head and embeddings stay whole. The sampler's log-probs are
+    then not the trainer's (mismatch/*): set algorithm.correction."""
     max_batch_tokens: Positive = 8192
     """Tokens in one forward pass of the engine (prefill and decode together)."""
     max_sequences: Positive = 512
     """Sequences decoded at the same time."""
     prefix_cache: bool = True
     """Keep the pages of finished prompts and use them again under the same weights."""
+    order: Literal["fcfs", "shortest_first", "longest_first"] = "fcfs"
+    """Whose turn it is where not all fit at once: first come, or by how long responses to the prompt were in earlier epochs.
+    No order changes a sample; longest_first ends a step's last response sooner."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """What becomes of the keys of a sample that gives way: made again, or put by in the host's memory."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the engine rounds what the trainer does not, so that its log-probs are another policy's."""
+        return self.kv_dtype != "auto" or self.weights != "auto"
 
 
 class ReplayConfig(Section):

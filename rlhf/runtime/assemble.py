@@ -188,6 +188,7 @@ def sampling_params(
         temperature=r.temperature,
         top_k=r.top_k,
         top_p=r.top_p,
+        min_p=r.min_p,
         max_tokens=r.max_response_tokens,
         stop_ids=unique,
     )

@@ -20,6 +20,15 @@ def form(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def interpreting(monkeypatch):
+    """The Triton forms, where their interpreter runs; elsewhere nothing is changed."""
+    if INTERPRETED:
+        monkeypatch.setattr(native, "library", lambda name: None)
+        monkeypatch.setattr(gpu, "serves", interpreted)
+    return INTERPRETED
+
+
 if INTERPRETED:
     import numpy as np
     import triton.language as tl
@@ -35,6 +44,15 @@ if INTERPRETED:
         return wide.bfloat16().view(torch.uint16).numpy().reshape(values.shape)
 
     interpreter._convert_float = convert
+    stock_cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(builder, source, wanted):
+        """The interpreter takes whole numbers for the 16 bits of bf16."""
+        if wanted.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = stock_cast(builder, source, tl.float32)
+        return stock_cast(builder, source, wanted)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
     stock_dot = interpreter.InterpreterBuilder.create_dot
 
     def dot(builder, a, b, *rest):

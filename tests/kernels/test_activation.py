@@ -77,6 +77,14 @@ def test_swiglu_row_does_not_depend_on_its_neighbours(width, dtype, form, shared
     assert torch.allclose(whole.double(), want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     assert torch.equal(whole, swiglu(gate, up))
     assert torch.equal(whole, torch.cat([swiglu(g, u) for g, u in zip(gate.split(7), up.split(7))]))
+    for shape in ((20, 100, -1), (20, 1, 100, -1)):
+        folded = together.view(shape)
+        for rows in (folded, folded.transpose(0, -2)):
+            got = swiglu(*rows.chunk(2, -1))
+            assert torch.equal(got, swiglu(*(x.contiguous() for x in rows.chunk(2, -1))))
+        assert torch.equal(swiglu(*folded.chunk(2, -1)).flatten(0, -2), whole)
+    assert torch.equal(swiglu(gate[::3], up[::3]), whole[::3])
+    assert torch.equal(swiglu(gate[:1].expand(5, -1), up[:5]), swiglu(gate[:1].repeat(5, 1), up[:5]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

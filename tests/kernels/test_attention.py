@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.kernels import attention
-from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention, write_kv
+from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention
+from rlhf.kernels.kv import write_kv
 
 HEADS = [(4, 4), (6, 2), (5, 1)]
 OPTIONS = [
@@ -43,6 +44,26 @@ def slow(q, k, v, lengths, scale, window=None, softcap=None, sinks=None):
                 out[start + t, h] = probs @ v[keys, h // group]
         start += n
     return out
+
+
+def slow_blocks(q, k, v, lengths, scale, mask, block, window=None, softcap=None, sinks=None):
+    """The same under a block mask (S, Qb, Kb): one query after another, of only the keys that it sees."""
+    group, outputs, start = q.shape[1] // k.shape[1], [], 0
+    for s, n in enumerate(lengths):
+        for t in range(n):
+            first = 0 if window is None else max(0, t - window + 1)
+            keys = [start + j for j in range(first, t + 1) if mask[s, t // block, j // block]]
+            if not keys:
+                outputs.append(torch.zeros(q.shape[1], v.shape[-1], dtype=q.dtype))
+                continue
+            heads = torch.arange(q.shape[1]) // group
+            scores = (k[keys][:, heads] * q[start + t]).sum(-1).T * scale
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores if sinks is None else torch.cat([scores, sinks[:, None]], 1)
+            probs = scores.softmax(1)[:, : len(keys)]
+            outputs.append((probs.T[..., None] * v[keys][:, heads]).sum(0))
+        start += n
+    return torch.stack(outputs)
 
 
 def make(lengths, heads, dtype=torch.float32, dim=16, seed=0):
@@ -418,3 +439,163 @@ def test_gradients_of_short_answers_to_a_long_prompt_segments(options):
         results.append([out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))])
     for b, a in zip(*results):
         assert torch.allclose(a.double(), b, atol=2e-4, rtol=1e-4)
+
+
+BLOCK_LENGTHS = [700, 130, 20]
+
+
+def block_mask(seed=0, num=6):
+    """Sparse, with rows that see nothing, not even themselves."""
+    mask = torch.rand(len(BLOCK_LENGTHS), num, num, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[0, 2], mask[0, 1, 0], mask[0, 5, [0, 2, 3]], mask[0, 5, [1, 5]] = False, True, True, False
+    mask[1], mask[2] = True, False
+    return mask.numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"sinks": True}], ids=str)
+def test_block_mask_values_and_gradients(options):
+    """Would catch: a hidden block that is counted, a visible one that is not, a row that sees nothing and becomes NaN or
+    passes a gradient on, segments with holes."""
+    mask = block_mask()
+    wide = [x.requires_grad_() for x in make(BLOCK_LENGTHS, (4, 2), torch.float64)]
+    sinks = with_sinks(options, 4, torch.float64).get("sinks")
+    wide += [] if sinks is None else [sinks.requires_grad_()]
+    narrow = [x.detach().float().requires_grad_() for x in wide]
+    grad = torch.randn(sum(BLOCK_LENGTHS), 4, 16, generator=torch.Generator().manual_seed(1)).double()
+
+    def of(inputs):
+        return options | ({"sinks": inputs[3]} if len(inputs) > 3 else {})
+
+    want = slow_blocks(*wide[:3], BLOCK_LENGTHS, 0.3, mask, 128, **of(wide))
+    plan = Plan(BLOCK_LENGTHS, BLOCK_LENGTHS, block_mask=mask, block=128)
+    got = attention.attend_packed(*narrow[:3], plan, scale=0.3, **of(narrow))
+    assert torch.allclose(got.double(), want, atol=2e-5)
+    assert not got[256:384].any() and not got[830:].any()
+    found = torch.autograd.grad(got, narrow, grad.float())
+    for a, b in zip(found, torch.autograd.grad(want, wide, grad)):
+        assert torch.allclose(a.double(), b, atol=2e-4, rtol=1e-4)
+    assert not found[0][256:384].any() and not found[1][830:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 200])
+def test_block_mask_from_pages_gives_the_bits_of_the_pack(dtype, window):
+    """Would catch: positions of a chunk taken for those of its sequence, bits that depend on what is cut where."""
+    mask = block_mask(1)
+    q, k, v = make(BLOCK_LENGTHS, (4, 2), dtype)
+    pages = Pages(k, v, BLOCK_LENGTHS, 32)
+    options = {"scale": 0.3, "window": window}
+    plan = Plan(BLOCK_LENGTHS, BLOCK_LENGTHS, block_mask=mask, block=128)
+    packed = attention.attend_packed(q, k, v, plan, **options)
+    last = ends(BLOCK_LENGTHS)[1:]
+    for count in (1, 7, 200):
+        counts = [min(count, n) for n in BLOCK_LENGTHS]
+        rows = np.concatenate([np.arange(end - n, end) for end, n in zip(last, counts)])
+        plan = Plan(counts, BLOCK_LENGTHS, page_table=pages.table, page_tokens=32, block_mask=mask, block=128)
+        got = attend_paged(q[rows], pages.k, pages.v, plan, **options)
+        assert torch.equal(got, packed[rows])
+
+
+def test_a_full_block_mask_changes_nothing():
+    """Would catch: another order of additions under a mask that hides nothing; larger blocks, shared by the sequences."""
+    q, k, v = make(BLOCK_LENGTHS, (4, 2), torch.float64)
+    plain = attention.attend_packed(q, k, v, Plan(BLOCK_LENGTHS, BLOCK_LENGTHS), scale=0.3)
+    plan = Plan(BLOCK_LENGTHS, BLOCK_LENGTHS, block_mask=np.ones((2, 2), bool), block=384)
+    assert torch.allclose(attention.attend_packed(q, k, v, plan, scale=0.3), plain, atol=1e-13)
+
+
+def test_hidden_blocks_are_not_computed(form):
+    """Would catch: a mask that only hides."""
+    mask = np.eye(8, dtype=bool)
+    mask[:, 0] = True
+    plan = Plan([1024], [1024], block_mask=mask, block=128)
+    if form == "triton":
+        from rlhf.kernels import attention_triton
+
+        tile = attention_triton.tile_of(torch.float32, 16, 16, 2)
+        work = attention_triton.work_of(plan, 2, None, tile)
+        spans = work.ranges[:, 1] - work.ranges[:, 0]
+        assert int(spans.max()) <= 256  # its own block, and the first where that is beside it
+        readers = work.readers[work.key_blocks[-1, 2] : work.key_blocks[-1, 3]].tolist()
+        assert readers == [[0, 896, 1024]]
+    else:
+        assert max(b.num_keys for b in plan.layout(2, 2, None).blocks) <= 256
+
+
+def test_what_an_operation_does_not_take_is_refused():
+    """Would catch: a launch on memory of another size, kind or device than the kernel reads."""
+    q, k, v = make([8], (4, 2))
+    plan = Plan([8], [8])
+
+    def refused(message, q=q, k=k, v=v, plan=plan, **options):
+        with pytest.raises(ValueError, match=message):
+            attention.attend_packed(q, k, v, plan, scale=0.3, **options)
+
+    refused(r"q \(8, 64\), k .*must be \(N, Hq, D\)", q=q.flatten(1))
+    refused("k and v .N, Hkv, D.", k=k[None])
+    refused("k and v must be alike", v=v.bfloat16())
+    refused("fp64 meets fp64 only", q=q.double())
+    refused("only pages may be quantised", k=k.to(torch.int8), v=v.to(torch.int8))
+    refused("all must be on one device", k=k.to("meta"), v=v.to("meta"))
+    refused(r"sinks \(3,\)", sinks=torch.zeros(3))
+    refused("softcap=0", softcap=0)
+    refused("need the same heads", k=k[..., :8])
+    pages = torch.zeros(2, 2, 16, 16)
+    paged = Plan([1], [3], page_table=[[-1]], page_tokens=16)
+    with pytest.raises(ValueError, match="the first of them number -1"):
+        attend_paged(q[:1], pages, pages, paged, scale=0.3)
+    with pytest.raises(ValueError, match="as the plan has a page_table"):
+        attention.attend_packed(q[:1], k[:1], v[:1], paged, scale=0.3)
+    with pytest.raises(ValueError, match="pages must be contiguous"):
+        attend_paged(q[:1], *(pages.transpose(2, 3).contiguous().transpose(2, 3),) * 2, paged, scale=0.3)
+    with pytest.raises(ValueError, match=r"page_table \(2, 1\) for 1 sequences"):
+        Plan([1], [3], page_table=[[0], [1]], page_tokens=16)
+    with pytest.raises(ValueError, match=r"query_lens \(1,\) and context_lens \(2,\)"):
+        Plan([1], [1, 1])
+    for mask, message in (
+        (np.ones((1, 1), int), "must be bool"),
+        (np.ones((3, 1, 1), bool), r"must be bool \(Qb, Kb\) or \(1, Qb, Kb\)"),
+        (np.ones((2, 1), bool), "does not reach over a context of 200"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Plan([200], [200], block_mask=mask)
+    with pytest.raises(ValueError, match="block=64 must be a multiple of 128"):
+        Plan([8], [8], block_mask=np.ones((1, 1), bool), block=64)
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 40}], ids=str)
+@pytest.mark.parametrize("heads", HEADS + [(16, 1)])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.float32, 128), (torch.bfloat16, 64)])
+def test_samples_that_begin_with_the_same_pages(options, heads, dtype, dim, shared_out):
+    """Would catch: a row of a group that reads another's pages, or whose numbers depend on who shares its prompt."""
+    # groups of samples: (full pages that they share, contexts); a context may end with the shared pages
+    teams = [
+        (3, [49, 48, 70, 55, 97]),
+        (1, [17, 200, 16]),
+        (0, [5]),
+        (6, [96] * 5 + [130] * 7),
+        (2, [33, 40]),
+    ]
+    page, lens, table, used = 16, [], [], 0
+    for shared, contexts in teams:
+        common = list(range(used, used + shared))
+        used += shared
+        for context in contexts:
+            own = -(-context // page) - shared
+            table.append(common + list(range(used, used + own)))
+            used += own
+            lens.append(context)
+    width = max(map(len, table))
+    order = torch.randperm(used, generator=torch.Generator().manual_seed(1))
+    table = torch.tensor([[int(order[p]) for p in row] + [0] * (width - len(row)) for row in table])
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(used, heads[1], page, dim, generator=generator).to(dtype) for _ in "kv")
+    q = torch.randn(len(lens), heads[0], dim, generator=generator).to(dtype)
+    given = dict(options)
+    if given.pop("sinks", False):
+        given["sinks"] = torch.randn(heads[0], generator=generator)
+    plan = Plan([1] * len(lens), lens, page_table=table, page_tokens=page)
+    together = attend_paged(q, k, v, plan, scale=0.3, **given)
+    for i, length in enumerate(lens):
+        alone = Plan([1], [length], page_table=table[i : i + 1], page_tokens=page)
+        assert torch.equal(attend_paged(q[i : i + 1], k, v, alone, scale=0.3, **given)[0], together[i]), i

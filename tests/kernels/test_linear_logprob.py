@@ -1,5 +1,8 @@
 """linear_logprobs against float64, against the unfused path bit for bit, and its memory."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -7,21 +10,26 @@ from rlhf.kernels import linear_logprob
 from rlhf.kernels.linear import pack
 from rlhf.kernels.linear_logprob import linear_logprobs, reference
 
-VOCABULARY, WIDTH = 53, 24
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+VOCABULARY, WIDTH = (530, 24) if INTERPRETED else (53, 24)  # more than two of the Triton form's blocks
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_in_small_chunks(monkeypatch):
+def seeded_and_in_small_chunks(monkeypatch, interpreting):
     torch.manual_seed(0)
     monkeypatch.setattr(linear_logprob, "_MIN_CHUNK_ROWS", 8)  # several chunks, the last one ragged
     monkeypatch.setattr(linear_logprob, "_CPU_CHUNK_ELEMENTS", 8 * VOCABULARY)
+    if interpreting:
+        from rlhf.kernels import linear_logprob_triton
+
+        monkeypatch.setattr(linear_logprob_triton, "_LEAST", 256)
 
 
 def slow(hidden, weight, bias, targets, temperature):
     """The definition, row by row."""
     logprobs, entropies = [], []
     for row, target, t in zip(hidden, targets, temperature):
-        logits = torch.stack([(row * w).sum() for w in weight]) + bias
+        logits = (row * weight).sum(-1) + bias
         probs = torch.exp(logits / t) / torch.exp(logits / t).sum()
         logprobs.append(probs[target].log())
         entropies.append(-(probs * probs.log()).sum())
@@ -98,16 +106,40 @@ def test_an_entropy_alone_has_a_gradient_and_one_that_is_only_read_has_none():
 def test_the_bits_of_the_unfused_path(dtype, temperature, rows, monkeypatch):
     """Would catch: a trainer whose log-probs are no longer the sampler's."""
     hidden, weight, bias = inputs(rows, dtype)
-    targets, packed = torch.randint(VOCABULARY, (rows,)), pack(weight.detach())
-    if packed is None:
+    targets = torch.randint(VOCABULARY, (rows,))
+    packed = None if INTERPRETED else pack(weight.detach())
+    if packed is None and not INTERPRETED:
         pytest.skip("this build of torch has no packed linear")
     options = dict(temperature=temperature, bias=bias, packed=packed, entropy=True)
     want = reference(hidden, weight, targets, **options)
     got = linear_logprobs(hidden, weight, targets, **options)
     with torch.no_grad():
         frozen = linear_logprobs(hidden, weight, targets, **options)
+        parts = [linear_logprobs(hidden[i : i + 5], weight, targets[i : i + 5], temperature, bias=bias, packed=packed)
+                 for i in range(0, rows, 5)]  # fmt: skip
     for a, b, c in zip(got, want, frozen):
         assert torch.equal(a, b) and torch.equal(c, b)
+    assert torch.equal(torch.cat([logprobs for logprobs, _ in parts]), got[0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton form")
+def test_long_rows_of_a_small_vocabulary_are_the_unfused_path_too(monkeypatch):
+    """Would catch: a product of several segments whose log-probs are those of one, here or in the backward."""
+    from rlhf.kernels import matmul_triton
+
+    monkeypatch.setattr(matmul_triton, "_WHOLE", 10)
+    monkeypatch.setattr(matmul_triton, "_STEP", 16)
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", 80)  # five steps in two segments
+    test_the_bits_of_the_unfused_path(torch.float32, 0.7, 7, monkeypatch)
+    test_values_and_gradients(torch.float32, 21, 0.6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton form")
+def test_a_target_that_is_no_token_has_no_logprob():
+    """Would catch: a number from memory that nobody wrote."""
+    hidden, weight, _ = inputs(3, torch.float32, bias=False)
+    logprobs, _ = linear_logprobs(hidden, weight, torch.tensor([0, VOCABULARY, -1]))
+    assert logprobs.isnan().tolist() == [False, True, True]
 
 
 def test_no_rows_give_zero_gradients():
@@ -130,7 +162,7 @@ def test_no_tensor_of_all_logits_is_made():
             nonlocal largest
             out = function(*args, **(kwargs or {}))
             for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor):
+                if isinstance(x, torch.Tensor) and x.is_floating_point():
                     largest = max(largest, x.numel())
             return out
 
@@ -140,7 +172,7 @@ def test_no_tensor_of_all_logits_is_made():
             hidden, weight, torch.randint(VOCABULARY, (200,)), packed=pack(weight.detach()), entropy=True
         )
         (logprobs + entropy).sum().backward()
-    assert 0 < largest <= 200 * WIDTH < 200 * VOCABULARY
+    assert 0 < largest <= (200 * 256 if INTERPRETED else 200 * WIDTH) < 200 * VOCABULARY
 
 
 def test_bad_arguments_are_named():

@@ -8,7 +8,7 @@ from rlhf.kernels.logprob import log_softmax, token_logprobs
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_in_small_chunks(monkeypatch):
+def seeded_and_in_small_chunks(monkeypatch, interpreting):
     torch.manual_seed(0)
     monkeypatch.setattr(logprob, "_CHUNK_ELEMENTS", 200)  # several chunks, the last one ragged
 
@@ -56,16 +56,19 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("vocab", [24, 61, 1003])
-def test_row_does_not_depend_on_number_of_rows(vocab):
+def test_row_does_not_depend_on_number_of_rows(vocab, interpreting):
     """Would catch: a sampler's log-prob that is not the trainer's."""
-    logits = torch.randn(300, vocab) * 5
-    targets = torch.randint(vocab, (300,))
+    many = 30 if interpreting else 300
+    logits = torch.randn(many, vocab) * 5
+    targets = torch.randint(vocab, (many,))
     whole, _ = token_logprobs(logits, targets, 0.8)
     for rows in (1, 2, 7, 64):
         parts = [token_logprobs(a, b, 0.8)[0] for a, b in zip(logits.split(rows), targets.split(rows))]
         assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(log_softmax(logits, 0.8).gather(1, targets[:, None])[:, 0], whole)
-    assert torch.equal(token_logprobs(logits, targets, torch.full((300,), 0.8))[0], whole)
+    assert torch.equal(token_logprobs(logits, targets, torch.full((many,), 0.8))[0], whole)
+    assert torch.equal(token_logprobs(logits / 0.8, targets)[0], whole)  # a sampler has divided already
+    softmax = log_softmax(logits, 0.8).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(softmax, whole, atol=1e-5)
 
 
 def test_impossible_tokens_have_no_part_in_entropy():
@@ -74,6 +77,21 @@ def test_impossible_tokens_have_no_part_in_entropy():
     logprobs, entropy = token_logprobs(logits, torch.tensor([0]), 1.0, entropy=True)
     (logprobs + entropy).sum().backward()
     assert torch.allclose(entropy, torch.tensor([0.6931472])) and torch.isfinite(logits.grad).all()
+    (grad,) = torch.autograd.grad(token_logprobs(logits, torch.tensor([1]), 0.5)[0].sum(), logits)
+    assert torch.allclose(grad, torch.tensor([[-1.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("kept", [1, 300, 600])
+def test_what_is_far_below_or_missing(kept):
+    """Would catch: an empty block of a masked row that turns its sums into NaN, or a maximum of another block."""
+    logits = torch.randn(3, 600) * 3
+    logits[:, :-kept] = float("-inf")
+    logits[1, -1] = 500.0
+    targets = torch.full((3,), 599)
+    got, entropy = token_logprobs(logits, targets, 0.7, entropy=True)
+    every = torch.log_softmax(logits.double()[:, -kept:] / 0.7, -1)
+    assert torch.allclose(got.double(), every[:, -1], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(every.exp() * every).sum(-1), atol=1e-5)
 
 
 def test_bad_arguments_are_named():
@@ -82,3 +100,136 @@ def test_bad_arguments_are_named():
         token_logprobs(torch.zeros(1, 3), torch.tensor([0]), 0)
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         token_logprobs(torch.zeros(2, 3), torch.tensor([0]), 1.0)
+
+
+def test_the_order_of_the_tokens_in_a_block_is_no_matter(interpreting):
+    """Would catch: sums that depend on which thread holds which token: a head that keeps logits in registers gives
+    other bits than one that wrote them."""
+    if not interpreting:
+        pytest.skip("of the Triton form")
+    logits = torch.randn(4, 512) * 3
+    order = torch.cat([torch.randperm(256), 256 + torch.randperm(256)])
+    for targets in (torch.arange(4), torch.arange(300, 304)):
+        want = token_logprobs(logits, order[targets], 0.8, entropy=True)
+        got = token_logprobs(logits[:, order], targets, 0.8, entropy=True)
+        assert all(map(torch.equal, got, want))
+
+
+def test_what_a_gpu_would_read_beyond_its_end_is_named(interpreting):
+    """Would catch: a kernel that reads targets of another type or temperatures of another batch."""
+    if not interpreting:
+        pytest.skip("of the Triton form")
+    logits, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    for problem, arguments in (
+        ("int64", (logits, targets.int())),
+        (r"temperature \(3,\)", (logits, targets, torch.ones(3))),
+        ("on meta", (logits, targets.to("meta"))),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            token_logprobs(*arguments)
+    assert token_logprobs(logits, torch.tensor([3, -1]))[0].isnan().all()  # no token, no number
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 15, 16, 65, 2048, 2049, 5003])
+def test_values_and_gradients_at_every_width(vocab, dtype, form):
+    """Would catch: a vector's or a block's tail that is left out, counted twice or written beyond, and a largest logit
+    of an earlier or later block; fewer digits than torch's own form."""
+    logits = (torch.randn(5, vocab) * 4).to(dtype)
+    logits[1, -1], logits[2, 0] = 60.0, 60.0
+    logits.requires_grad_()
+    targets = torch.tensor([0, vocab - 1, vocab // 2, 0, vocab - 1])
+    temperature = torch.tensor([1.0, 0.7, 2.0, 0.5, 1.0])
+    got = token_logprobs(logits, targets, temperature, entropy=True)
+    exact = logits.detach().double().requires_grad_()
+    every = torch.log_softmax(exact / temperature.double()[:, None], -1)
+    want = every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    for a, b in zip(got, want):
+        assert torch.allclose(a.double(), b, rtol=2e-6, atol=2e-6)
+    factors = torch.randn(2, 5, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(sum((a * f.to(a.dtype)).sum() for a, f in zip(got, factors)), logits)
+    (wanted,) = torch.autograd.grad(sum((b * f).sum() for b, f in zip(want, factors)), exact)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    assert torch.allclose(grad.double(), wanted, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["native"], indirect=True)
+def test_the_native_form_is_at_least_as_exact_as_torchs(form):
+    """Would catch: an exponential or a sum with too few digits, which biases every ratio of two policies."""
+    logits, targets = torch.randn(64, 30011) * 3, torch.randint(30011, (64,))
+    want = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
+    ours = (token_logprobs(logits, targets)[0] - want).abs()
+    stock = (torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] - want).abs()
+    assert ours.mean() <= stock.mean() and ours.max() <= stock.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [61, 4103])
+def test_bits_depend_on_a_rows_numbers_alone(vocab, dtype, form, shared_out):
+    """Would catch: another sum where rows lie apart, threads share them, the entropy is asked for, logits are narrow or
+    temperatures one for all."""
+    if form == "torch" and shared_out > 1:
+        pytest.skip("torch's own promise, at its own sizes")
+    wide = (torch.randn(40, 2 * vocab) * 5).to(dtype)
+    targets = torch.randint(vocab, (40,))
+    logits = wide[:, :vocab].contiguous()
+    whole, entropies = token_logprobs(logits, targets, 0.8, entropy=True)
+    for rows in (1, 3, 40):
+        parts = [token_logprobs(a, b, 0.8)[0] for a, b in zip(logits.split(rows), targets.split(rows))]
+        assert torch.equal(torch.cat(parts), whole)
+    for same in (
+        token_logprobs(wide[:, :vocab], targets, torch.full((40,), 0.8), entropy=True),
+        token_logprobs(logits.float(), targets, 0.8, entropy=True),
+        token_logprobs(logits.float() / 0.8, targets, entropy=True),
+        token_logprobs(logits.clone().requires_grad_(), targets, 0.8, entropy=True),
+        token_logprobs(logits.t().contiguous().t(), targets, 0.8, entropy=True),
+    ):
+        assert torch.equal(same[0], whole) and torch.equal(same[1], entropies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_none(dtype, form):
+    """Would catch: a NaN or an infinity that the maximum passes over and the sum makes a number of; a neighbour's row
+    that is spoilt; -inf in a whole block."""
+    logits = torch.randn(6, 5000).to(dtype)
+    logits[0, 4999] = logits[1, 0] = float("nan")
+    logits[2, 17] = float("inf")
+    logits[3] = float("-inf")
+    logits[4, :4990] = float("-inf")
+    logits.requires_grad_()
+    targets = torch.full((6,), 4995)
+    got, entropy = token_logprobs(logits, targets, 0.9, entropy=True)
+    (got.sum() + entropy.sum()).backward()
+    assert got.isnan().tolist() == entropy.isnan().tolist() == [True] * 4 + [False] * 2
+    assert logits.grad[:4].isnan().any(1).all() and logits.grad[4:].isfinite().all()
+    want = torch.log_softmax(logits[4, 4990:].double() / 0.9, -1)
+    assert abs(got[4].item() - want[5].item()) < 1e-5
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_that_is_no_token_is_refused(target, form):
+    """Would catch: a number read from a neighbour's row or from beyond the logits."""
+    if form == "triton":
+        pytest.skip("gives NaN")
+    with pytest.raises((IndexError, RuntimeError), match="index|no token"):
+        token_logprobs(torch.zeros(2, 5), torch.tensor([0, target]))
+
+
+def test_half_precision_is_taken_as_the_sampler_takes_it(form):
+    """Would catch: fp16 logits whose log-probs are the sampler's, which works in fp32, but for a bit."""
+    logits, targets = torch.randn(9, 777).half().requires_grad_(), torch.arange(9)
+    got, entropy = token_logprobs(logits, targets, 0.7, entropy=True)
+    wide = logits.detach().float().requires_grad_()
+    want, wanted = token_logprobs(wide, targets, 0.7, entropy=True)
+    assert torch.equal(got, want) and torch.equal(entropy, wanted)
+    (got.sum() + entropy.sum()).backward()
+    (want.sum() + wanted.sum()).backward()
+    assert torch.equal(logits.grad, wide.grad.half())
+
+
+def test_an_empty_batch_has_no_rows(form):
+    """Would catch: a process without rows that fails."""
+    logits = torch.zeros(0, 7, requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.zeros(0, dtype=torch.long), entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (0,) and logits.grad.shape == (0, 7)

@@ -365,6 +365,49 @@ def test_gae_equals_the_loop(seed: int, gamma: float, lam: float, random_batch) 
     assert not advantages[~batch.response_mask].any() and not returns[~batch.response_mask].any()
 
 
+@pytest.mark.parametrize("lam", [0.95, 1.0, torch.tensor([0.0, 0.5, 0.99, 1.0])])
+def test_gae_of_long_rows_equals_a_walk_over_the_tokens(lam) -> None:
+    """Would catch: sums over too few tokens, or a token counted twice, where a row is longer than the first few spans;
+    and rows whose bits depend on the batch, on padding, or on the part that they are worked on in.
+    """
+    gamma, dice = 0.999, torch.Generator().manual_seed(0)
+    u, v = (torch.randn(4, 1500, generator=dice, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(4, 1500, generator=dice) < 0.9
+    mask[1, 700:] = False
+    mask[2] = False
+    got = gae(u, v, mask, gamma=gamma, lam=lam)
+    lams = torch.as_tensor(lam, dtype=torch.float64).expand(4)
+    next_value, next_advantage = torch.zeros(2, 4, dtype=torch.float64)
+    for t in reversed(range(1500)):
+        here = u[:, t] + gamma * next_value - v[:, t] + gamma * lams * next_advantage
+        next_advantage = torch.where(mask[:, t], here, next_advantage)
+        next_value = torch.where(mask[:, t], v[:, t], next_value)
+        expected = torch.where(mask[:, t], here, 0.0)
+        torch.testing.assert_close(got[0][:, t], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[1][:, t], torch.where(mask[:, t], here + v[:, t], 0.0))
+    for row in range(4):
+        padded = [torch.nn.functional.pad(x[row : row + 1], (3, 800)) for x in (u, v, mask)]
+        alone = gae(*padded, gamma=gamma, lam=lams[row : row + 1])
+        for a, b in zip(alone, got):
+            assert torch.equal(a[0, 3:1503], b[row])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("values \\(4, 6\\) for token_rewards \\(4, 7\\)", {"values": torch.zeros(4, 6)}),
+        ("mask \\(1, 7\\) for token_rewards", {"mask": torch.ones(1, 7, dtype=torch.bool)}),
+        ("mask of torch.int64", {"mask": torch.ones(4, 7, dtype=torch.long)}),
+        ("lam \\(3,\\) for token_rewards", {"lam": torch.ones(3)}),
+    ],
+)
+def test_gae_names_what_does_not_fit(name: str, arguments) -> None:
+    """Would catch: one row's mask or lambda used for all."""
+    usual = {"token_rewards": torch.zeros(4, 7), "values": torch.zeros(4, 7), "gamma": 1.0, "lam": 1.0}
+    with pytest.raises(ValueError, match=name):
+        gae(**{**usual, "mask": torch.ones(4, 7, dtype=torch.bool), **arguments})
+
+
 @given(seed=seeds)
 def test_gae_at_its_ends(seed: int, random_batch) -> None:
     """Would catch: lambda where gamma belongs. lambda 1: return - V; lambda 0: the one-step error."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rlhf.kernels.attention import Plan
+from rlhf.kernels.quantized import dequantize, quantize
 from rlhf.models import fused
 from rlhf.models.attention import PackedContext, packed_attention
 from rlhf.models.fused import StepForward
-from rlhf.models.linear import weights_changed
+from rlhf.models.linear import InvariantLinear, weights_changed
 from rlhf.recipe.schema import LoraConfig
 
 LENGTHS = [25, 1, 40, 7]
@@ -48,6 +49,38 @@ def test_it_has_the_bits_of_the_model(name, dtype, prepared, pack):
     assert torch.equal(step_logits(forward, sequences), want)
     keep = torch.tensor([3, 24, 25, 72])
     assert torch.equal(step_logits(forward, sequences, keep), want[keep])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_are_those_of_the_layers_linears_alone(bits, prepared, pack):
+    """Would catch: a linear that is left whole or taken from another's copy, a head that is rounded, a trainer's weight that
+    is written, and copies that outlive their weights."""
+    model, sequences = prepared("qwen2", config={"intermediate_size": 128}), pack(LENGTHS)
+    forward = StepForward(model, bits)
+    for seed in (1, 2):
+        scramble(model, seed)
+        kept = copy.deepcopy(model.state_dict())
+        forward.refresh()
+        got = step_logits(forward, sequences)
+        assert all(torch.equal(a, kept[name]) for name, a in model.state_dict().items())
+        rounded = copy.deepcopy(model)
+        with torch.no_grad():
+            for module in rounded.model.layers.modules():
+                if isinstance(module, InvariantLinear):
+                    module.weight.copy_(dequantize(quantize(module.weight, bits)))
+        want = own_logits(rounded, sequences)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        assert not torch.allclose(got, own_logits(model, sequences), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_few_bits_that_cannot_be_are_refused(lora, prepared):
+    """Would catch: an engine that runs whole weights where a few bits were asked for."""
+    model = prepared("qwen3", trainable=True, lora=LoraConfig(rank=4)) if lora else prepared("gpt_neox")
+    with pytest.raises(
+        ValueError, match="weights of 8 bits: the model is not a decoder of Llama's kind with plain"
+    ):
+        StepForward(model, 8)
 
 
 def test_adapters_are_called_as_they_are(prepared, pack):

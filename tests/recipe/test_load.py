@@ -288,6 +288,7 @@ def test_a_mistake_does_not_breed_others(write):
         ("model: {lora: {target_modules: 5}, path: x}", "5 is not a list or one of all-linear"),
         ("rollout: {page_tokens: 65}", "65 is not one of 16, 32, 64, 128, 256"),
         ("rollout: {top_p: 0}", "0 is not above 0"),
+        ("rollout: {min_p: 1.5}", "1.5 is not at most 1"),
         ("data: {path: x, prompt_column: {a: 1}}", "this section is not text"),
     ],
 )

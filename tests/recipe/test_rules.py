@@ -299,9 +299,19 @@ def test_what_one_update_a_step_leaves_in_force_is_no_warning(algorithm):
     ).warnings
 
 
+@pytest.mark.parametrize(("key", "value"), [("kv_dtype", "int8"), ("weights", "int4")])
+def test_samples_from_rounded_numbers_are_warned_of(key, value):
+    """Would catch: ratios against log-probs that the trainer's arithmetic never gave, in silence."""
+    rounded = {"rollout": {key: value}}
+    (warning,) = plan_from_dict(whole(rounded)).warnings
+    assert f"{key}: {value} and no correction" in warning.message
+    assert not plan_from_dict(whole(rounded | {"algorithm": {"correction": "tis"}})).warnings
+    assert not plan_from_dict(whole(rounded | {"method": "online_dpo"})).warnings
+
+
 def test_truncated_samples_are_warned_of():
     """Would catch: a gradient that is biased in silence, or a warning where nothing is learned from the samples."""
-    cut = {"rollout": {"top_p": 0.9, "top_k": 5}}
+    cut = {"rollout": {"top_p": 0.9, "top_k": 5, "min_p": 0.1}}
     (warning,) = plan_from_dict(whole(cut)).warnings
-    assert "top_k: 5, top_p: 0.9: samples come from a truncated distribution" in warning.message
+    assert "top_k: 5, top_p: 0.9, min_p: 0.1: samples come from a truncated distribution" in warning.message
     assert not plan_from_dict(whole(cut | {"method": "online_dpo"})).warnings

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.kernels.kv import write_kv
 from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes, prefix_digests
 
 
@@ -143,3 +144,25 @@ def test_copy_takes_only_the_positions_asked_for():
 def test_free_memory_is_a_number_of_bytes():
     # catches kB taken for bytes: this process alone has more than 1 MB and less than a petabyte
     assert 1 << 20 < free_memory_bytes(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_pages_with_scales_grow_are_copied_and_put_by_with_them(dtype):
+    # catches numbers that come back under another page's scale, and memory that is not counted
+    pages = KVPages([(2, 16)], 16, dtype, torch.device("cpu"))
+    assert pages.page_bytes == 2 * 16 * 2 * (16 + 4)
+    pages.grow(2)
+    x = torch.randn(16, 2, 16, generator=torch.Generator().manual_seed(0))
+    write_kv(pages.k[0], pages.v[0], x, -x, torch.arange(16, 32), kv_scales=pages.scales[0])
+    pages.grow(5)
+    pages.copy([1], [3], 7)
+    pages.load(pages.save([1]), [4])
+
+    def held(page):
+        return [n[0][page].float() * s[page][..., None] for n, s in zip((pages.k, pages.v), pages.scales[0])]
+
+    for one, part, whole in zip(held(1), held(3), held(4)):
+        assert one.abs().max() > 1 and torch.equal(whole, one)
+        assert torch.equal(part[:, :7], one[:, :7]) and not part[:, 7:].any()
+    pages.clear()
+    assert pages.num_pages == len(pages.scales[0][0]) == 0

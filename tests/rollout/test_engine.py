@@ -107,6 +107,43 @@ def pack_one(ids):
     )
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_rounded_cache_gives_the_same_in_every_batch(models, kv_dtype):
+    # catches numbers without their scales after a fork, a preemption or in another chunk, and a cache that is not rounded
+    model, params = models("qwen3")[0], dict(n=3, stop_ids=STOPS)
+    roomy = make_engine(model, kv_dtype=kv_dtype).generate(make_requests(**params))
+    for preemption in ("recompute", "swap"):
+        tight = make_engine(
+            model, kv_dtype=kv_dtype, max_batch_tokens=23, cache_tokens=96, preemption=preemption
+        )
+        assert tight.generate(make_requests(**params)) == roomy
+        assert tight.stats["rollout/preempted"] > 0
+    exact = make_engine(model).generate(make_requests(**params))
+    both = [pair for pair in zip(flat(roomy), flat(exact)) if pair[0].token_ids == pair[1].token_ids]
+    differences = [abs(a - b) for one, two in both for a, b in zip(one.logprobs, two.logprobs)]
+    assert len(both) > 5 and 0 < np.mean(differences) < 0.15  # nats
+
+
+def test_rounded_weights_give_the_same_in_every_batch(models):
+    # catches rows of few bits that depend on the batch, and copies that are not made anew for new weights
+    model = copy.deepcopy(models("qwen3")[0])
+    params = dict(n=3, stop_ids=STOPS)
+    engine = make_engine(model, weights="int8")
+    roomy = engine.generate(make_requests(**params))
+    tight = make_engine(model, weights="int8", max_batch_tokens=23, cache_tokens=96)
+    assert tight.generate(make_requests(**params)) == roomy
+    exact = flat(make_engine(model).generate(make_requests(**params)))
+    assert [c.logprobs for c in exact] != [c.logprobs for c in flat(roomy)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.mul_(1.1)
+    engine.set_version(1)
+    anew = make_engine(model, weights="int8", max_batch_tokens=23).generate(make_requests(**params))
+    assert [c.logprobs for c in flat(engine.generate(make_requests(**params)))] == [
+        c.logprobs for c in flat(anew)
+    ]
+
+
 def test_samples_follow_the_policy(models):
     # catches keys used twice, a wrong position in the draw, or a fork that shares noise: 4,000 first tokens
     model, stock = models("qwen3")
@@ -150,6 +187,16 @@ def test_results_do_not_depend_on_the_engines_sizes(models, expected, config):
     assert engine._pool.num_in_use == 0
 
 
+def test_min_p_of_one_leaves_the_likeliest(models):
+    # catches a min_p that does not reach the draw
+    engine = make_engine(models("qwen3")[0])
+    tokens = [
+        [c.token_ids for c in flat(engine.generate(make_requests(**params)))]
+        for params in (dict(min_p=1.0), dict(temperature=0.0), dict(min_p=0.001))
+    ]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
 def test_results_do_not_depend_on_the_batch(models, expected):
     # catches a row that sees its neighbours: alone, reversed, and among requests with other parameters
     model = models("qwen3")[0]
@@ -159,10 +206,10 @@ def test_results_do_not_depend_on_the_batch(models, expected):
     assert engine.generate(requests[::-1]) == expected[::-1]
     others = [
         dataclasses.replace(
-            r, id=f"other{i}", params=SamplingParams(max_tokens=9, temperature=t, top_k=k, top_p=p)
+            r, id=f"other{i}", params=SamplingParams(max_tokens=9, temperature=t, top_k=k, top_p=p, min_p=m)
         )
-        for i, (r, t, k, p) in enumerate(
-            zip(requests, [0, 0.5, 1.0, 2.0], [0, 3, 5, 0], [1, 1, 0.5, 0.9], strict=False)
+        for i, (r, t, k, p, m) in enumerate(
+            zip(requests, [0, 0.5, 1.0, 2.0], [0, 3, 5, 0], [1, 1, 0.5, 0.9], [0, 0.1, 0, 0.2], strict=False)
         )
     ]
     mixed = engine.generate([x for pair in zip(others, requests, strict=False) for x in pair])
@@ -332,6 +379,8 @@ def test_the_context_ends_a_response(models):
         (dict(top_k=-1), "top_k=-1"),
         (dict(top_p=0.0), "top_p=0"),
         (dict(top_p=1.1), "top_p=1.1"),
+        (dict(min_p=-0.1), "min_p=-0.1"),
+        (dict(min_p=1.1), "min_p=1.1"),
         (dict(min_tokens=25), "min_tokens=25"),
     ],
 )

@@ -25,7 +25,7 @@ def make_requests(count=8, *, n=2, seed=0, max_tokens=24, **fields):
         Request(
             f"r{i}",
             tuple(choose.randrange(VOCAB) for _ in range(choose.randint(1, 50))),
-            SamplingParams(max_tokens=max_tokens, stop_ids=STOPS),
+            SamplingParams(max_tokens=max_tokens + 3 * i, stop_ids=STOPS, min_tokens=4 + 2 * i),
             tuple(key(seed, "serving", i, j) for j in range(n)),
             **fields,
         )
@@ -114,7 +114,7 @@ def test_partial_samples_go_on_to_the_same_end(models, expected):
 def test_new_weights_in_the_middle(fresh_model):
     """Would catch: tokens written under new weights from keys of the old, and versions that tell another story."""
     engine, requests = make_engine(fresh_model), make_requests(4, n=2, max_tokens=12)
-    requests = [dataclasses.replace(r, params=SamplingParams(max_tokens=12)) for r in requests]
+    requests = [dataclasses.replace(r, params=SamplingParams(max_tokens=12)) for r in requests]  # no stop
     engine.add(requests)
     for _ in range(5):
         engine.step()
@@ -139,7 +139,7 @@ def test_new_weights_in_the_middle(fresh_model):
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_changes_nothing(models, expected, preemption):
     """Would catch: pages brought back into the wrong places, or without the newest token's."""
-    engine = make_engine(models("qwen3")[0], cache_tokens=160, preemption=preemption, prefix_cache=False)
+    engine = make_engine(models("qwen3")[0], cache_tokens=112, preemption=preemption, prefix_cache=False)
     requests = make_requests()
     assert dict(zip((r.id for r in requests), engine.generate(requests))) == expected
     assert engine.stats["rollout/preempted"] > 0
@@ -149,7 +149,7 @@ def test_preemption_changes_nothing(models, expected, preemption):
 
 @pytest.mark.parametrize("policy", ["priority", "shortest_first", "longest_first", "fair"])
 def test_no_policy_changes_a_result(models, expected, policy):
-    engine = make_engine(models("qwen3")[0], policy=policy, cache_tokens=160, max_sequences=3)
+    engine = make_engine(models("qwen3")[0], policy=policy, cache_tokens=112, max_sequences=3)
     requests = [
         dataclasses.replace(r, priority=i % 3, tenant="ab"[i % 2]) for i, r in enumerate(make_requests())
     ]
@@ -184,11 +184,11 @@ def test_what_begins_alike_is_prefilled_once(models):
 def test_a_turn_of_a_chat_finds_the_turns_before(models):
     """Would catch: responses that are computed again when they come back in the next prompt."""
     engine = make_engine(models("qwen3")[0], cache_responses=True)
-    first = Request("a", tuple(range(20)), SamplingParams(max_tokens=24), (1,))
+    first = Request("a", tuple(range(20)), SamplingParams(max_tokens=28), (1,))  # the last token fills a page
     ((c,),) = engine.generate([first])
     second = Request("b", (*first.prompt_ids, *c.token_ids, 1, 2, 3), SamplingParams(max_tokens=4), (2,))
     out = engine.generate([second])
-    assert engine.stats["cache/hit_frac"] == pytest.approx(32 / 47)  # two of the pages that 43 tokens fill
+    assert engine.stats["cache/hit_frac"] == pytest.approx(32 / 51)
     assert out == make_engine(models("qwen3")[0], prefix_cache=False).generate([second])
 
 
