@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -16,6 +17,7 @@
 namespace {
 
 constexpr int kLanes = 16;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 template <typename T, int kCount>
 struct Vector {
@@ -25,6 +27,14 @@ struct Vector {
 struct Bf16 {
   uint16_t bits;
 };
+
+inline float number(float x) { return x; }
+inline float number(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 template <int kCount = kLanes>
 inline typename Vector<float, kCount>::Type load(const float* from) {
@@ -81,6 +91,14 @@ typedef Vector<float, kLanes>::Type Lanes;
 typedef Vector<int32_t, kLanes>::Type Ints;
 
 inline Lanes spread(float x) { return Lanes{} + x; }
+
+inline Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }  // a where b is NaN
+
+inline float largest_of(Lanes x) {
+  float most = kNone;
+  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
 
 // x as a T would hold it.
 template <typename T>

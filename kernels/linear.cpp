@@ -137,14 +137,6 @@ struct Next {
   }
 };
 
-inline float number(float x) { return x; }
-inline float number(Bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 struct Call {
   const void *x, *weights, *scales, *bias;
   void* out;

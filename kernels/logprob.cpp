@@ -13,31 +13,14 @@ namespace {
 
 constexpr int kChains = 4;        // sums that are made side by side
 constexpr int64_t kBlock = 2048;  // logits that are held at a time; a multiple of kChains vectors
-constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -std::numeric_limits<float>::max();
-
-inline Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }  // a where b is NaN
-
-inline float largest_of(Lanes x) {
-  float most = kNone;
-  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-}
-
-inline float number(const float* from) { return *from; }
-inline float number(const Bf16* from) {
-  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // Logits or slopes of one row up to a whole number of vectors; what lies beyond the end is not touched.
 template <typename T>
 inline Lanes load_some(const T* from, int64_t count, float beyond) {
   if (count >= kLanes) return load(from);
   Lanes x = spread(beyond);
-  for (int64_t i = 0; i < count; ++i) x[i] = number(from + i);
+  for (int64_t i = 0; i < count; ++i) x[i] = number(from[i]);
   return x;
 }
 
@@ -115,7 +98,7 @@ void forward(const Call& call, float* logprobs, float* entropies, float* sums, i
     const T* logits = call.logits_of<T>(r);
     const Row row = sums_of<kEntropy>(logits, call.width, call.at(r));
     const double log_total = std::log(row.total);
-    const float score = number(logits + call.targets[r]) / call.at(r);
+    const float score = number(logits[call.targets[r]]) / call.at(r);
     logprobs[r] = static_cast<float>(static_cast<double>(score) - row.top - log_total);
     if (kEntropy) entropies[r] = static_cast<float>(log_total - row.weighted / row.total);
     if (!sums) continue;
@@ -140,7 +123,7 @@ void slopes(const Call& call, const float* sums, const float* entropies, const f
       if (!kEntropy) return p * -grad;
       return p * (-grad - of_entropy * ((z < -100.0f ? Lanes{} : z) + constant));
     };
-    const Lanes at_target = slope(spread(number(logits + call.targets[r]))) + grad;
+    const Lanes at_target = slope(spread(number(logits[call.targets[r]]))) + grad;
     T* to = out + r * call.width;
     int64_t i = 0;
     for (; i + kLanes <= call.width; i += kLanes) store(to + i, slope(load(logits + i)));

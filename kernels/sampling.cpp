@@ -17,21 +17,12 @@ namespace {
 
 typedef Vector<uint32_t, kLanes>::Type Words;
 
-constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147181f;
 constexpr int kChunk = 4;   // vectors that are passed over together
 constexpr int kGroup = 64;  // vectors whose sums and largest numbers are taken together
 constexpr int kLevels = 6;  // distances from the largest score at which the mass is looked at: 1, 2, 4, ... nats
 
 inline Words counts() { return Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-
-inline Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }  // a where b is NaN
-
-inline float largest_of(Lanes x) {
-  float most = kNone;
-  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-}
 
 inline bool any(Ints mask) {
   uint64_t parts[kLanes / 2];
