@@ -1,4 +1,4 @@
-"""The command line: `rlhf train` and `rlhf validate`.
+"""The command line: `rlhf train`, `rlhf validate`, and the commands of `rlhf.serving.commands`.
 
 Here: reading arguments and reporting a recipe's mistakes. Not here: running (`rlhf.runtime.run`), which is imported,
 with torch, only once the recipe is known to be valid.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf import __version__
+from rlhf.serving import commands
 
 if TYPE_CHECKING:
     from rlhf.recipe.load import Plan
@@ -67,6 +68,10 @@ def validate(
     typer.echo(f"{recipe} is valid")
     for stage in plan.stages:
         typer.echo(f"  {stage.name}: {_summary(stage.recipe)}")
+
+
+for _command in (commands.serve, commands.generate, commands.chat):
+    app.command()(_command)
 
 
 @app.callback(invoke_without_command=True)

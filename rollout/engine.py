@@ -292,7 +292,7 @@ class Engine:
         news = self._samples.newest(job, drawing)
         if not job.request.params.top_logprobs:
             return tuple(news)
-        return tuple(replace(d, top_logprobs=self._special.top(int(job.rows[d.index]))[-1:]) for d in news)
+        return tuple(replace(d, top_logprobs=self._special.newest(int(job.rows[d.index]))) for d in news)
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
         self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())

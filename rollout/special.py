@@ -90,6 +90,10 @@ class SpecialRows:
     def top(self, row: int) -> tuple[TopLogprobs, ...]:
         return tuple(self._rows[row].top) if row in self._rows else ()
 
+    def newest(self, row: int) -> tuple[TopLogprobs, ...]:
+        """Of the last token."""
+        return tuple(self._rows[row].top[-1:]) if row in self._rows else ()
+
     def logits(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """(k, V) raw logits -> (k, V) fp32 that the rows are drawn from."""
         return torch.stack([self._changed(row, logits[i]) for i, row in enumerate(rows.tolist())])

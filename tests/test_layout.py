@@ -36,6 +36,7 @@ ORDER = {
     "rlhf.rollout": 2,
     "rlhf.trainers": 3,
     "rlhf.runtime": 4,
+    "rlhf.serving": 4,
     "rlhf.cli": 4,
     "rlhf.api": 4,
 }

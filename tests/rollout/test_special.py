@@ -152,6 +152,9 @@ def test_a_stop_text_ends_with_the_token_that_completes_it(models, tokenizer):
     assert c.finish_reason == "stop" and tokenizer.decode(c.token_ids) == text[: first + 3]
     (c, *_) = ask(model, request(stop=(stop,), min_tokens=first + 4), tokenizer=tokenizer)
     assert len(c.token_ids) >= first + 4
+    assert c.finish_reason == "length" or tokenizer.decode(c.token_ids).endswith(
+        stop
+    )  # one found before does not count
     with pytest.raises(ValueError, match="'r' has stop texts, which need a tokenizer"):
         ask(model, request(stop=("x",)))
 

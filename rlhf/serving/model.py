@@ -1,0 +1,114 @@
+"""A model with its tokenizer and its engine, from a folder or the hub, as the trainer loads it.
+
+Not here: what it is asked (`rlhf.serving.generation`).
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.models.attention import kv_shapes
+from rlhf.models.load import generation_stop_ids, load_model, load_tokenizer, read_config
+from rlhf.recipe.schema import ModelConfig, TokenizerConfig
+from rlhf.rng import key
+from rlhf.rollout import Engine, EngineConfig
+from rlhf.rollout.cache import KVPages, free_memory_bytes
+from rlhf.rollout.request import KV_DTYPES
+from rlhf.serving.settings import EngineSettings
+from rlhf.serving.text import TokenTexts
+
+_MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers requests."""
+
+    name: str
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]  # the end of sequence, and what else the model's own generation_config names
+    most_tokens: int  # of a prompt and its response: the model's context, or what the cache holds
+
+    @cached_property
+    def vocab(self) -> int:
+        """Tokens that the model knows."""
+        return self.engine.model.get_input_embeddings().num_embeddings
+
+    @cached_property
+    def most_characters(self) -> int:
+        """Of a text that may have `most_tokens`: what is longer need not be cut into tokens to be refused."""
+        return self.most_tokens * max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.tokenizer)
+
+
+def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = False) -> Served:
+    """Raises ValueError for what cannot be loaded, for files before weights."""
+    path = settings.model
+    config = read_config(ModelConfig(path=path))
+    model_config = ModelConfig(path=path, dtype=_dtype(settings.dtype, config))
+    tokenizer = load_tokenizer(model_config, TokenizerConfig())
+    stop_ids = tuple(dict.fromkeys([tokenizer.eos_token_id, *generation_stop_ids(model_config)]))
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}; choose cpu"
+        ) from None
+    model: Any = load_model(model_config, tokenizer, seed=0, device=device, trainable=False)
+    context = model.config.get_text_config().max_position_embeddings
+    cache_tokens = settings.cache_tokens or _cache_tokens(model, settings, context)
+    engine_config = EngineConfig(
+        page_tokens=settings.page_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        prefix_cache=True,
+        cache_tokens=cache_tokens,
+        kv_dtype=settings.kv_dtype,
+        weights=settings.weights,
+        policy=settings.policy,
+        cache_responses=cache_responses,
+    )
+    # one of its own: a tokenizer is not for two threads
+    engine = Engine(model, engine_config, tokenizer=copy.deepcopy(tokenizer))
+    # the last token of a sequence never gets keys and values
+    in_cache = cache_tokens // settings.page_tokens * settings.page_tokens + 1
+    return Served(name, engine, tokenizer, stop_ids, min(context, in_cache))
+
+
+def sample_seeds(seed: int | None, n: int) -> tuple[int, ...]:
+    """A key for each of n samples: a function of `seed`, or random where that is None."""
+    if seed is None:
+        return tuple(secrets.randbits(63) for _ in range(n))
+    return tuple(key(seed, "serve", index) for index in range(n))
+
+
+def _dtype(wanted: str, config: Any) -> str:
+    if wanted != "auto":
+        return wanted
+    return "float32" if config.dtype in (torch.float32, "float32") else "bfloat16"
+
+
+def _cache_tokens(model: Any, settings: EngineSettings, context: int) -> int:
+    """For max_sequences of the whole context, as far as the memory allows."""
+    shapes = [(heads, size) for heads, size, _ in kv_shapes(model)]
+    dtype = KV_DTYPES.get(settings.kv_dtype, model.dtype)
+    page_bytes = KVPages(shapes, settings.page_tokens, dtype, model.device).page_bytes
+    pages = int(free_memory_bytes(model.device) * _MEMORY_SHARE) // page_bytes
+    wanted = settings.max_sequences * -(-context // settings.page_tokens)
+    if not min(pages, wanted):
+        raise ValueError("there is no memory for a single page of the key/value cache; set --cache-tokens")
+    return min(pages, wanted) * settings.page_tokens
