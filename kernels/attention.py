@@ -463,6 +463,11 @@ def attend_packed(
         return q.new_zeros(0, q.shape[1], v.shape[-1])
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if plan.num_repeats or not len(q) == len(k) == plan.num_tokens:
+            raise ValueError(
+                f"q {tuple(q.shape)} and k {tuple(k.shape)} for a plan of {plan.num_tokens} tokens and {plan.num_repeats} "
+                "repeats: a gradient needs a row for each token, and no others"
+            )
         return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
     if is_native(q, k, v, plan, softcap):
         return _attend_native(q, k, v, plan, scale, window, sinks)

@@ -205,7 +205,7 @@ def _segment(
 # -- forward ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _forward(
     q, k, v, k_scales, v_scales, out, logs, sinks, items, seqs, ranges, page_table, part_acc, part_m, part_total,
     table_width, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
@@ -357,7 +357,7 @@ def _grad_kv(
         )
         is_own = tl.load(block) >= own_start
         at = tl.where(is_own, key - own_start + own_from, key - prefix)
-        seen_key = there & (is_own | (at < own_from))
+        seen_key = there & (is_own | ((at >= 0) & (at < own_from)))
         lowest = tl.maximum(tl.where(is_own, tl.load(block) - own_start, 0), 0)
         highest = context - own_from
         if WINDOW:

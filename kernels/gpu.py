@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 4096  # numbers of one program, about
+_SHARED_BYTES = 160 << 10
 _MOST = 1 << 16  # numbers of the longest row that a program can hold
 
 
@@ -32,7 +34,22 @@ def serves(*tensors: torch.Tensor) -> bool:
         and first.dtype in _DTYPES
         and all(x.dtype == first.dtype and x.device == first.device for x in tensors)
         and available()
+        and _holds_tiles(first.device.index or 0)
     )
+
+
+@functools.cache
+def _holds_tiles(index: int) -> bool:
+    """Whether a multiprocessor of the device has the shared memory that the tiles are made for: A100, H100 and larger."""
+    about = torch.cuda.get_device_properties(index)
+    if about.shared_memory_per_block_optin >= _SHARED_BYTES:
+        return True
+    warnings.warn(
+        f"{about.name} has {about.shared_memory_per_block_optin} bytes of shared memory for a program, the Triton kernels "
+        f"want {_SHARED_BYTES}: torch's operations run, and log-probs of sampler and trainer agree to rounding only",
+        stacklevel=2,
+    )
+    return False
 
 
 def row_tile(width: int) -> tuple[int, int, int]:

@@ -214,8 +214,15 @@ def _check_new(
             )
         if x.dtype not in _FLOATS or x.device != pages.device:
             raise ValueError(f"{name} {x.dtype} on {x.device} cannot be written to pages on {pages.device}")
-    if k.shape[0] != v.shape[0] or len(rows) != k.shape[0] * k.shape[1]:
-        raise ValueError(f"{len(rows)} rows for k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if k.shape[0] != v.shape[0] or rows.shape != (k.shape[0] * k.shape[1],):
+        raise ValueError(
+            f"rows {tuple(rows.shape)} for k {tuple(k.shape)} and v {tuple(v.shape)}; one for each head"
+        )
+    if rows.dtype != torch.int64 or not rows.is_contiguous() or rows.device != k_pages.device:
+        raise ValueError(
+            f"rows {rows.dtype} with stride {rows.stride()} on {rows.device} for pages on {k_pages.device}: they must be int64, "
+            "without gaps, beside them"
+        )
 
 
 def _is_native(pages: torch.Tensor, x: torch.Tensor, scales: torch.Tensor | None) -> bool:

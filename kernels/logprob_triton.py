@@ -32,7 +32,7 @@ def over(z, t):
     t, inverse = tl.broadcast_to(t, z.shape), tl.broadcast_to(inverse, z.shape)
     q = z * inverse
     rest = tl.fma(-q, t, z)
-    return tl.where(rest == rest, tl.fma(rest, inverse, q), q)  # infinities stay
+    return tl.where(tl.abs(q) < float("inf"), tl.fma(rest, inverse, q), q)  # infinities stay, those of q too
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def _join(
     most = tl.max(m, 0)
     d = tl.where(m == float("-inf"), 0.0, (m - most) * _LOG2E)
     scale = tl.where(m == float("-inf"), 0.0, tl.exp2(d))
+    d = tl.where(scale > 0, d, 0.0)  # far below, it may be infinite
     parts = tl.load(totals + at, mask=there, other=0.0)
     total = tl.sum(parts * scale, 0)
     log = tl.log2(total)

@@ -12,7 +12,7 @@ _SHARES = 256  # parts in which a weight's gradient is added up, in one order
 _BOTH = 8192  # longest row whose program has registers for both gradients
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     x, change, weight, out, num_rows, heads, width, x_token, weight_head, eps,
     CHANGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,7 +33,7 @@ def _forward(
     tl.store(out + row * width + column, (normal * w.to(tl.float32)).to(w.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward(
     x, weight, grad, grad_x, grad_weight, num_rows, width, eps,
     X: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -17,7 +17,7 @@ def turned(a, b, cos_a, cos_b, sin_a, sin_b, TRANSPOSED: tl.constexpr):
     return tl.fma(a, cos_a, -(b * sin_a)), tl.fma(b, cos_b, a * sin_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotary(
     x, cos, sin, out, num_rows, heads, dim, x_token, out_token,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,

@@ -21,6 +21,8 @@ from rlhf.kernels.random import exponentials, random_bits, token_words
 from rlhf.kernels.threads import worth
 
 _CHUNK_ELEMENTS = 1 << 22  # scores that the torch form works on at once
+_ANY = (1 << 63) - 1
+_LEAST_NUCLEUS = 1e-12  # the likeliest token
 _NUCLEUS_TOKENS = 1024  # likeliest tokens looked at before a nucleus needs the whole vocabulary sorted
 
 Banned = tuple[torch.Tensor, torch.Tensor]
@@ -78,6 +80,7 @@ def sample(
     _check(logits, keys, positions, temperature, top_k, top_p, min_p, banned)
     native_dtype = logits.dtype == torch.bfloat16 or logits.is_cuda and logits.dtype == torch.float16
     logits = (logits if native_dtype else logits.float()).contiguous()
+    top_p = None if top_p is None else top_p.clamp(min=_LEAST_NUCLEUS)
     cuts = _Cuts(top_k, top_p, None if min_p is None else min_p.log().float())
     tokens, processed = _form(logits)(logits, keys, positions, temperature, cuts, banned)
     greedy = temperature == 0
@@ -118,6 +121,18 @@ def _check(
                 f"{name} {tuple(x.shape)} {x.dtype} on {x.device} for logits {tuple(logits.shape)} on {logits.device}; it "
                 f"must be ({len(logits)},) {dtype} beside them"
             )
+    if logits.device.type == "cpu":  # elsewhere reading the numbers would wait for the device
+        for name, (low, high) in {
+            "temperature": (0, _ANY),
+            "top_k": (0, _ANY),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+        }.items():
+            x = of_rows[name][0]
+            if x is not None and x.numel() and not bool(((x >= low) & (x <= high)).all()):
+                raise ValueError(
+                    f"{name} {x.tolist()} for logits {tuple(logits.shape)}: numbers must be in [{low}, {high}]"
+                )
     if banned is not None:
         _check_banned(logits, *banned)
 

@@ -213,6 +213,7 @@ def cut(
     _cut[(rows,)](
         logits, temperature, *(temperature if x is None else x for x in (top_k, top_p, log_min_p)), floors, tops,
         log_masses, width, top_k is not None, top_p is not None, log_min_p is not None, block, num_warps=warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return floors, tops, log_masses
 
@@ -236,6 +237,7 @@ def draw(
     _draw[(rows, parts)](
         logits, keys, positions, temperature, temperature if floors is None else floors, best, tokens, width, share,
         floors is not None, block, num_warps=warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return tokens[:, 0] if parts == 1 else tokens.gather(1, best.argmax(1, keepdim=True))[:, 0]
 

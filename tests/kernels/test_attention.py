@@ -599,3 +599,28 @@ def test_samples_that_begin_with_the_same_pages(options, heads, dtype, dim, shar
     for i, length in enumerate(lens):
         alone = Plan([1], [length], page_table=table[i : i + 1], page_tokens=page)
         assert torch.equal(attend_paged(q[i : i + 1], k, v, alone, scale=0.3, **given)[0], together[i]), i
+
+
+def test_gradients_where_a_prefix_begins_inside_a_sequence():
+    """Would catch: keys before the prefix that get a gradient of it."""
+    lens, contexts, starts = [40, 6], [40, 20], [0, 12]
+    q, k, v = (x.requires_grad_() for x in make([46], (4, 2)))
+    out = attention.attend_packed(q, k, v, Plan(lens, contexts, prefix_starts=starts), scale=0.3)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    whole = [torch.cat([x[:40], x[12:26], x[40:]]).detach().requires_grad_() for x in (q, k, v)]
+    own = attention.attend_packed(*whole, Plan([40, 20], [40, 20]), scale=0.3)
+    wanted = torch.autograd.grad(torch.cat([own[:40], own[54:]]), whole, grad)
+    for got, want in zip(found, wanted):
+        joined = torch.cat([want[:40], want[54:]])
+        joined[12:26] += want[40:54]
+        torch.testing.assert_close(got, joined, atol=2e-5, rtol=1e-4)
+
+
+def test_a_gradient_is_of_the_plans_tokens_alone():
+    """Would catch: gradients of rows that no one has computed, read from memory as it was."""
+    q, k, v = (x.requires_grad_() for x in make([8], (4, 2)))
+    with pytest.raises(
+        ValueError, match=r"q \(8, 4, 16\) and k \(8, 2, 16\) for a plan of 6 tokens and 2 repeats"
+    ):
+        attention.attend_packed(q, k, v, Plan([6], [6], num_repeats=2), scale=0.3)

@@ -221,7 +221,25 @@ def test_pages_and_new_tokens_that_do_not_fit_are_refused():
     refused(r"k \(2, 2, 8\) for k_pages", k_pages, v_pages, x=random(2, 2, 8), kv_scales=scales)
     refused("k torch.int64", k_pages, v_pages, x=k.long(), kv_scales=scales)
     refused("must be \\(N,\\) int64", k_pages, v_pages, slots=slots.int(), kv_scales=scales)
-    refused("1 rows|2 rows", k_pages, v_pages, slots=slots[:1], kv_scales=scales)
+    refused(r"rows \(2,\)", k_pages, v_pages, slots=slots[:1], kv_scales=scales)
     plan = Plan([1], [1], page_table=[[0]], page_tokens=32)
     with pytest.raises(ValueError, match="need kv_scales"):
         attend_paged(random(1, 2, 16), k_pages, v_pages, plan, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.arange(4, dtype=torch.int32), "rows torch.int32"),
+        (torch.arange(16)[::4], r"stride \(4,\)"),
+        (torch.arange(4)[:, None], r"rows \(4, 1\)"),
+        (torch.arange(3), r"rows \(3,\)"),
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_be_written_to(rows, message):
+    """Would catch: numbers of another width read as rows: writes anywhere in memory."""
+    pages, x = torch.zeros(2, 2, 16, 16), torch.ones(2, 2, 16)
+    with pytest.raises(ValueError, match=message):
+        kv.write_rows(pages, pages.clone(), x, x, rows)
+    assert not pages.any()

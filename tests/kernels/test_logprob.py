@@ -241,3 +241,19 @@ def test_an_empty_batch_has_no_rows(cpu_form):
     logprobs, entropy = token_logprobs(logits, torch.zeros(0, dtype=torch.long), entropy=True)
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == (0,) and logits.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e38])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_masked_block_of_tokens_has_no_part(low, temperature, interpreting):
+    """Would catch: NaN in entropy or gradient where many tokens are masked with the lowest number that there is."""
+    logits = torch.randn(2, 600, generator=torch.Generator().manual_seed(0))
+    logits[:, 256:512] = low
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, torch.tensor([3, 7]), temperature, entropy=True)
+    (logprobs + entropy).sum().backward()
+    kept = torch.cat([logits[:, :256], logits[:, 512:]], 1).detach().double() / temperature
+    every = torch.log_softmax(kept, -1)
+    assert torch.allclose(logprobs.double(), every[torch.arange(2), [3, 7]], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(every.exp() * every).sum(-1), atol=1e-5)
+    assert torch.isfinite(logits.grad).all() and (logits.grad[:, 256:512] == 0).all()

@@ -19,13 +19,13 @@ INTERPRETED = {
     "test_matmul.py": "test",
     "test_linear.py": "bad_arguments",
     "test_linear_logprob.py": "dtype1-8-temperature2 or dtype2-8-0.6 or path[7-0.7 or frozen or long_rows or no_token or no_tensor",
-    "test_logprob.py": "dtype1 or dtype2 or 1003 or impossible or far_below or beyond or in_a_block",
+    "test_logprob.py": "dtype1 or dtype2 or 1003 or impossible or far_below or beyond or in_a_block or masked_block",
     "test_norm.py": "stock_module or refused or addition or heads_beside or one_number",
     "test_rotary.py": "values or refused or in_place or apart",
     "test_activation.py": "geglu_values or swiglu_keeps or unlike",
     "test_sampling.py": "(slow_reference and (dtype0-0 or dtype1-1)) or (any_width and (dtype0-17 or dtype1-1023)) or does_not_depend "
     "or equal_scores or worst_noise or best_noise or parts_of_long or known_draws or (bit_for_bit and dtype1-0.7) or greedy or non_finite or probability_zero",
-    "test_attention.py": "(head_size_in_fp32 and 96 and sinks) or (groups_and_bf16 and dtype1) or sinks_alone or far_apart or segments or (block_mask_values and 40) or hidden",
+    "test_attention.py": "(head_size_in_fp32 and 96 and sinks) or (groups_and_bf16 and dtype1) or sinks_alone or far_apart or segments or begins_inside or (block_mask_values and 40) or hidden",
     "test_kv.py": "(nearest and 96) or zeros or (bits_of_their and not window and not softcap and not sinks and not given1-int8) or bytes or (one_pass and (96 or 256))",
     "test_quantized.py": "(product and float16) or (does_not_depend and 1-4-32) or nearest or no_rows",
 }
