@@ -52,7 +52,7 @@ _NATIVE_NUMBERS = {
     torch.float8_e4m3fn: 3,
 }  # keys and values there
 _FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
-_LARGEST_TRITON_HEAD, _MOST_TRITON_GROUP = 256, 64
+_MOST_TRITON_GROUP = 64
 _MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
 _WORTH_THREADS = 1 << 22  # multiplications, from which on they are shared out
 
@@ -829,7 +829,7 @@ def _is_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether attention_triton.py serves the call."""
     return (
         gpu.serves(*((q,) if k.dtype in QUANTISED else (q, k, v)))
-        and max(q.shape[-1], v.shape[-1]) <= _LARGEST_TRITON_HEAD
+        and max(q.shape[-1], v.shape[-1]) <= gpu.LARGEST_HEAD
         and q.shape[1] // k.shape[1] <= _MOST_TRITON_GROUP
     )
 

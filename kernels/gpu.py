@@ -16,6 +16,7 @@ import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 4096  # numbers of one program, about
+LARGEST_HEAD = 256  # numbers of a head that attention and what writes its pages take
 _SHARED_BYTES = 160 << 10
 _MOST = 1 << 16  # numbers of the longest row that a program can hold
 

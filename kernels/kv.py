@@ -20,7 +20,6 @@ PAGE_STEP = 16  # tokens of a page are a multiple of this
 KvScales = tuple[torch.Tensor, torch.Tensor]  # of keys and values, (P, Hkv, page) fp32 each
 
 _SMALLEST = 1e-30  # rows without a larger number are written as if this were theirs
-_LARGEST_TRITON_HEAD = 256
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,10 +92,7 @@ def write_rows(
         if x.device.type == "cpu" and _is_native(pages, x, scales):
             _write_native(pages, scales, x, rows)
         elif (
-            scales is not None
-            and gpu.serves(x)
-            and x.shape[-1] <= _LARGEST_TRITON_HEAD
-            and x.shape[-1] % 2 == 0
+            scales is not None and gpu.serves(x) and x.shape[-1] <= gpu.LARGEST_HEAD and x.shape[-1] % 2 == 0
         ):
             from rlhf.kernels import kv_triton
 
@@ -117,7 +113,7 @@ def writes_in_one_pass(
     tensors = (q, cos) if norm_weights is None else (q, cos, norm_weights)
     return (
         gpu.serves(*tensors)
-        and cos.shape[-1] == q.shape[-1] <= _LARGEST_TRITON_HEAD
+        and cos.shape[-1] == q.shape[-1] <= gpu.LARGEST_HEAD
         and (k_pages.dtype == q.dtype or k_pages.dtype in QUANTISED)
     )
 

@@ -20,6 +20,8 @@ from rlhf.kernels.linear import linear
 from rlhf.kernels.logprob import (
     Rows,
     Temperature,
+    check_rows,
+    check_temperature,
     of_rows,
     slope_factors,
     slopes,
@@ -54,7 +56,10 @@ def linear_logprobs(
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if gpu.serves(*inputs) and all(x.numel() for x in inputs):
-        return (_OnGpu.apply if needs_grad else _on_gpu)(hidden, weight, bias, targets, temperature, entropy)
+        from rlhf.kernels import linear_logprob_triton
+
+        run = _OnGpu.apply if needs_grad else linear_logprob_triton.linear_logprobs
+        return run(hidden, weight, bias, targets, temperature, entropy)[:2]
     if needs_grad:
         return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, packed, entropy)
     return _forward(hidden, weight, bias, targets, temperature, packed, entropy, needs_slopes=False)[:2]
@@ -92,25 +97,15 @@ def _check(
                 f"{name} {tuple(x.shape)} must be {tuple(shape)} beside hidden {tuple(hidden.shape)} and weight "
                 f"{tuple(weight.shape)}"
             )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets are {targets.dtype}; they must be token ids, int64")
+    check_rows("hidden", hidden, targets, temperature)
+    check_temperature(temperature)
     if not hidden.is_floating_point():
         raise ValueError(f"hidden is {hidden.dtype}; it must be of a float dtype")
-    for name, x in (("weight", weight), ("bias", bias), ("targets", targets)):
+    for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} and hidden on {hidden.device}; move one of them")
-        if x is not None and x is not targets and x.dtype != hidden.dtype:
+        if x is not None and x.dtype != hidden.dtype:
             raise ValueError(f"{name} is {x.dtype} and hidden {hidden.dtype}; they must be the same")
-    if isinstance(temperature, torch.Tensor):
-        if temperature.shape != of_row:
-            raise ValueError(
-                f"temperature {tuple(temperature.shape)} must be a number or {tuple(of_row)}, one for each row of "
-                f"hidden {tuple(hidden.shape)}"
-            )
-    elif not temperature > 0:
-        raise ValueError(
-            f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
-        )
 
 
 def _chunks(hidden: torch.Tensor, vocabulary: int) -> Iterator[slice]:
@@ -202,20 +197,6 @@ class _LinearLogprobs(torch.autograd.Function):
         )
 
 
-def _on_gpu(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    temperature: Temperature,
-    entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from rlhf.kernels import linear_logprob_triton
-
-    rows = linear_logprob_triton.linear_logprobs(hidden, weight, bias, targets, temperature, entropy)
-    return rows.logprobs, rows.entropies
-
-
 class _OnGpu(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -230,8 +211,7 @@ class _OnGpu(torch.autograd.Function):
         from rlhf.kernels import linear_logprob_triton
 
         rows = linear_logprob_triton.linear_logprobs(hidden, weight, bias, targets, temperature, entropy)
-        of_rows = (rows.logprobs, rows.entropies, rows.top, rows.log_total)
-        ctx.save_for_backward(hidden, weight, bias, targets, *of_rows)
+        ctx.save_for_backward(hidden, weight, bias, targets, *rows)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an entropy that is only measured costs nothing in the backward
         return rows.logprobs, rows.entropies

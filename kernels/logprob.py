@@ -17,6 +17,7 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.native import address
 from rlhf.kernels.threads import worth
 
 _CHUNK_ELEMENTS = 1 << 24  # rows are worked on in chunks of at most this many logits
@@ -66,19 +67,41 @@ def token_logprobs(
         raise ValueError(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (M, V) and (M,)"
         )
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        raise ValueError(
-            f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
-        )
+    check_temperature(temperature)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if gpu.serves(logits) and logits.numel():
-        _check_rows(logits, targets, temperature)
-        logprobs, entropies = (_OnGpu.apply if needs_grad else _on_gpu)(logits, targets, temperature, entropy)
-        return logprobs, entropies if entropy else None
+        from rlhf.kernels import logprob_triton
+
+        check_rows("logits", logits, targets, temperature)
+        run = _OnGpu.apply if needs_grad else logprob_triton.token_logprobs
+        return run(logits, targets, temperature, entropy)[:2]
     if needs_grad:
         return _TokenLogprobs.apply(logits, targets, temperature, entropy)
     rows = token_rows(logits, targets, temperature, entropy, needs_slopes=False)
     return rows.logprobs, rows.entropies
+
+
+def check_rows(name: str, rows: torch.Tensor, targets: torch.Tensor, temperature: Temperature) -> None:
+    """Raise ValueError for what torch's operations would refuse, and a kernel reads beyond its end. `rows` (M, any), called
+    `name`, are what targets (M,) and temperatures belong to."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}; they must be token ids, int64")
+    if isinstance(temperature, torch.Tensor) and temperature.shape != targets.shape:
+        raise ValueError(
+            f"temperature {tuple(temperature.shape)} must be a number or {tuple(targets.shape)}, one for each row of "
+            f"{name} {tuple(rows.shape)}"
+        )
+    for other, x in (("targets", targets), ("temperature", temperature)):
+        if isinstance(x, torch.Tensor) and x.device != rows.device:
+            raise ValueError(f"{other} is on {x.device} and {name} on {rows.device}; move one of them")
+
+
+def check_temperature(temperature: Temperature) -> None:
+    """Raise ValueError for a number that is not > 0."""
+    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature} must be > 0; for greedy decoding take the argmax of the logits"
+        )
 
 
 def row_entropies(logprobs: torch.Tensor) -> torch.Tensor:
@@ -116,7 +139,7 @@ def token_rows(
     """`token_logprobs` without gradient, on a CPU or by torch, with what `slopes` wants to know."""
     given = logits.float() if logits.dtype == torch.float16 else logits
     if native.serves("logprob", 0, given):  # rows of any width
-        _check_rows(given, targets, temperature)
+        check_rows("logits", given, targets, temperature)
         return _native_rows(given, targets, temperature, entropy, needs_slopes)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
@@ -205,8 +228,8 @@ def _native_rows(
     sums = torch.empty(num_rows, 2, device="cpu") if needs_slopes else None
     bad = ctypes.c_int64()
     native.function("logprob", "logprob_forward", "pppppppiiifii")(
-        logits.data_ptr(), targets.data_ptr(), _address(temperatures), logprobs.data_ptr(), _address(entropies),
-        _address(sums), ctypes.addressof(bad), *logits.shape, logits.stride(0), temperature,
+        logits.data_ptr(), targets.data_ptr(), address(temperatures), logprobs.data_ptr(), address(entropies),
+        address(sums), ctypes.addressof(bad), *logits.shape, logits.stride(0), temperature,
         logits.dtype == torch.bfloat16, worth(logits.numel()),
     )  # fmt: skip
     if bad.value >= 0:
@@ -233,7 +256,7 @@ def _native_slopes(
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     given = (logits, targets, temperatures, rows.sums, rows.entropies, grad, grad_entropy, out)
     native.function("logprob", "logprob_slopes", "ppppppppiiifii")(
-        *map(_address, given), *logits.shape, logits.stride(0), temperature, logits.dtype == torch.bfloat16,
+        *map(address, given), *logits.shape, logits.stride(0), temperature, logits.dtype == torch.bfloat16,
         worth(logits.numel()),
     )  # fmt: skip
     return out
@@ -247,34 +270,7 @@ def _given(logits: torch.Tensor, temperature: Temperature) -> tuple[torch.Tensor
     return logits, None, temperature
 
 
-def _address(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 # -- the Triton form -----------------------------------------------------------------------------------------------------
-
-
-def _check_rows(logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature) -> None:
-    """What torch's operations would refuse, and a kernel reads beyond its end."""
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets are {targets.dtype}; they must be token ids, int64")
-    if isinstance(temperature, torch.Tensor) and temperature.shape != targets.shape:
-        raise ValueError(
-            f"temperature {tuple(temperature.shape)} must be a number or {tuple(targets.shape)}, one for each row of "
-            f"logits {tuple(logits.shape)}"
-        )
-    for name, x in (("targets", targets), ("temperature", temperature)):
-        if isinstance(x, torch.Tensor) and x.device != logits.device:
-            raise ValueError(f"{name} is on {x.device} and logits on {logits.device}; move one of them")
-
-
-def _on_gpu(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: Temperature, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from rlhf.kernels import logprob_triton
-
-    rows = logprob_triton.token_logprobs(logits, targets, temperature, entropy)
-    return rows.logprobs, rows.entropies
 
 
 class _OnGpu(torch.autograd.Function):
@@ -285,7 +281,7 @@ class _OnGpu(torch.autograd.Function):
         from rlhf.kernels import logprob_triton
 
         rows = logprob_triton.token_logprobs(logits, targets, temperature, entropy)
-        ctx.save_for_backward(logits, targets, rows.logprobs, rows.entropies, rows.top, rows.log_total)
+        ctx.save_for_backward(logits, targets, *rows)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return rows.logprobs, rows.entropies

@@ -10,6 +10,7 @@ floating-point summation"). So logits that lie in memory and those that a produc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -144,8 +145,7 @@ class Parts:
         return Parts(*(x[rows] for x in (self.picked, self.tops, self.totals, self.weighted)))
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """(M,) fp32 each."""
 
     logprobs: torch.Tensor  # nats

@@ -60,6 +60,11 @@ def function(name: str, symbol: str, arguments: str) -> Callable[..., None]:
     return found
 
 
+def address(x: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, as a function takes it; null for none."""
+    return None if x is None else x.data_ptr()
+
+
 def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
     """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU."""
     dtype = tensors[0].dtype

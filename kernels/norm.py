@@ -96,7 +96,7 @@ def _native(
     run(
         x.data_ptr(),
         weight.data_ptr(),
-        None if change is None else change.data_ptr(),
+        native.address(change),
         out.data_ptr(),
         tokens,
         heads,
@@ -119,7 +119,7 @@ def _native_gradients(
     dw = torch.zeros(width, dtype=torch.float32, device="cpu") if needs[1] else None
     run = native.function("norm", "rms_norm_backward", "pppppiifii")
     run(
-        *(None if t is None else t.data_ptr() for t in (x, weight, grad, dx, dw)),
+        *map(native.address, (x, weight, grad, dx, dw)),
         x.numel() // width,
         width,
         eps,

@@ -201,7 +201,7 @@ def _native(
     given = [None if x is None else x.contiguous() for x in given]  # names keep them alive during the call
     run = native.function("sampling", "sample_rows", "pppppppppppiiii")
     run(
-        *(None if x is None else x.data_ptr() for x in (logits, *given, *lists, tokens, processed)),
+        *map(native.address, (logits, *given, *lists, tokens, processed)),
         rows,
         width,
         logits.dtype == torch.bfloat16,

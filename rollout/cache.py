@@ -18,6 +18,8 @@ import torch
 
 from rlhf.kernels.kv import QUANTISED, KvScales, as_bytes
 
+_MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
+
 
 def prefix_digests(version: int, token_ids: np.ndarray, page_tokens: int) -> list[bytes]:
     """A digest per full page of token_ids, each over the weight version and every token up to the page's end.
@@ -204,6 +206,11 @@ class KVPages:
         # numpy asks the system for huge pages of memory: every step touches all sequences' keys, far apart
         memory = np.zeros(math.prod(full) * self.dtype.itemsize, np.uint8)
         return torch.from_numpy(memory).view(self.dtype).view(full)
+
+
+def free_pages(pages: KVPages) -> int:
+    """More pages of that kind that may be taken now."""
+    return int(free_memory_bytes(pages.device) * _MEMORY_SHARE) // pages.page_bytes
 
 
 def free_memory_bytes(device: torch.device) -> int:

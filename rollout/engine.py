@@ -21,7 +21,7 @@ from rlhf.kernels.attention import KEY_STEP
 from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
-from rlhf.rollout.cache import KVPages, PagePool, free_memory_bytes
+from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
@@ -29,8 +29,6 @@ from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
 from rlhf.rollout.scheduler import Scheduler, Step
 from rlhf.rollout.special import SpecialRows
-
-_MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
 
 
 class Engine:
@@ -172,6 +170,7 @@ class Engine:
         if request_id not in self._jobs:
             raise KeyError(f"request {request_id!r} is not in work")
         job = self._jobs[request_id]
+        self._done_at_once = [done for done in self._done_at_once if done is not job]
         self._scheduler.remove(job)
         return list(self._take_out(job))
 
@@ -277,7 +276,7 @@ class Engine:
         ended = samples.finished[drawing] != RUNNING
         self._num_finished += int(ended.sum())
         self._num_written += len(drawing)
-        rows = drawing if self._num_streaming else drawing[ended]
+        rows = drawing[ended | samples.streams[drawing]]
         updates = []
         for job in dict.fromkeys(samples.job[row] for row in rows.tolist()):
             assert job is not None, "a free row drew a token"
@@ -339,32 +338,28 @@ class Engine:
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
-        page_tokens, samples = self.config.page_tokens, self._samples
-        rows = [row for job in self._jobs.values() for row in job.rows]
-        written = (samples.prompt_tokens[rows] + samples.limit[rows]).tolist()
-        for r in requests:
-            n = len(r.prompt_ids)
-            written += [n + min(r.params.max_tokens, self._context - n)] * len(r.seeds)
-        # the last token never gets keys and values
-        own = sorted((-(-(n - 1) // page_tokens) for n in written), reverse=True)
+        page_tokens = self.config.page_tokens
+        asked = [*requests, *(job.request for job in self._jobs.values())]
+        own = [-(-self._most_written(r) // page_tokens) for r in asked]
         largest = max(own, default=0)
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens
         else:
-            wanted = sum(own[: self.config.max_sequences])
-            in_memory = int(free_memory_bytes(self.model.device) * _MEMORY_SHARE) // self._pages.page_bytes
-            num_pages = min(wanted, self._pool.num_pages + in_memory)
+            each = sorted((n for n, r in zip(own, asked) for _ in r.seeds), reverse=True)
+            wanted = sum(each[: self.config.max_sequences])
+            num_pages = min(wanted, self._pool.num_pages + free_pages(self._pages))
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
-            worst = max(
-                requests,
-                key=lambda r: len(r.prompt_ids) + min(r.params.max_tokens, self._context - len(r.prompt_ids)),
-            )
+            worst = max(requests, key=self._most_written)
             raise ValueError(
                 f"request {worst.id!r} needs up to {largest * page_tokens} tokens of cache and there are "
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"
             )
         self._grow(num_pages)
+
+    def _most_written(self, request: Request) -> int:
+        """Tokens of a sample that get keys and values: its last one never does."""
+        return min(len(request.prompt_ids) + request.params.max_tokens, self._context) - 1
 
     def _grow(self, num_pages: int) -> None:
         if num_pages > self._pool.num_pages:
@@ -392,10 +387,6 @@ class Engine:
         self._drop_cache()
         self._begin_anew()
         self.model.train(self._was_training)
-
-    @property
-    def _num_streaming(self) -> int:
-        return sum(job.request.stream for job in self._jobs.values())
 
     def _measure(self) -> None:
         scheduler = self._scheduler

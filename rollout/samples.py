@@ -24,6 +24,7 @@ _PER_SAMPLE = {  # what a row holds of one number each, and its type
     "top_p": np.float64,
     "min_p": np.float64,
     "min_tokens": np.int64,
+    "streams": np.bool_,  # every token is told
     "limit": np.int64,  # most response tokens, within the context
     "prompt_tokens": np.int64,
     # where it is; the first three are written by the engine, the last by the scheduler
@@ -59,6 +60,7 @@ class Samples:
     top_p: np.ndarray
     min_p: np.ndarray
     min_tokens: np.ndarray
+    streams: np.ndarray
     limit: np.ndarray
     prompt_tokens: np.ndarray
     count: np.ndarray
@@ -109,6 +111,7 @@ class Samples:
 
         for name in ("temperature", "top_k", "top_p", "min_p", "min_tokens"):
             put(name, [getattr(p, name) for p in params])
+        put("streams", [r.stream for r in requests])
         put("limit", limits)
         put("prompt_tokens", [len(t) for t in prompts])
         put("stops", _padded([p.stop_ids for p in params], self.stops.shape[1]))

@@ -19,12 +19,10 @@ from rlhf.models.load import generation_stop_ids, load_model, load_tokenizer, re
 from rlhf.recipe.schema import ModelConfig, TokenizerConfig
 from rlhf.rng import key
 from rlhf.rollout import Engine, EngineConfig
-from rlhf.rollout.cache import KVPages, free_memory_bytes
+from rlhf.rollout.cache import KVPages, free_pages
 from rlhf.rollout.request import KV_DTYPES
 from rlhf.serving.settings import EngineSettings
 from rlhf.serving.text import TokenTexts
-
-_MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ def _cache_tokens(model: Any, settings: EngineSettings, context: int) -> int:
     """For max_sequences of the whole context, as far as the memory allows."""
     shapes = [(heads, size) for heads, size, _ in kv_shapes(model)]
     dtype = KV_DTYPES.get(settings.kv_dtype, model.dtype)
-    page_bytes = KVPages(shapes, settings.page_tokens, dtype, model.device).page_bytes
-    pages = int(free_memory_bytes(model.device) * _MEMORY_SHARE) // page_bytes
+    pages = free_pages(KVPages(shapes, settings.page_tokens, dtype, model.device))
     wanted = settings.max_sequences * -(-context // settings.page_tokens)
     if not min(pages, wanted):
         raise ValueError("there is no memory for a single page of the key/value cache; set --cache-tokens")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.runlog import write_atomically
 from rlhf.serving.settings import NotStarted
 
 
@@ -44,6 +44,4 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
     if path is None:
         sys.stdout.write(text)
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, text)

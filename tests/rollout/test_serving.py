@@ -215,3 +215,11 @@ def test_what_is_refused(models):
     assert list(drain(engine)) == ["r0"]
     with pytest.raises(ValueError, match="goes on from 1 samples and has 2 seeds"):
         dataclasses.replace(requests[0], begun=(Completion("r0", 0, (), (), (), (), "aborted"),))
+
+
+def test_an_abort_of_what_was_done_when_it_came(models, expected):
+    """Would catch: a request told as finished after its abort, or an engine that fails over it."""
+    engine, requests = make_engine(models("qwen3")[0]), make_requests(2)
+    engine.add([dataclasses.replace(r, begun=tuple(expected[r.id])) for r in requests])
+    assert engine.abort("r0") == expected["r0"]
+    assert drain(engine) == {"r1": expected["r1"]}
