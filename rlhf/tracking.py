@@ -49,7 +49,12 @@ if TYPE_CHECKING:
 Status = Literal["finished", "failed", "interrupted", "preempted"]
 
 MEASURED_AREAS = ("time", "perf", "cache")
-MEASURED = ("rollout/preempted", "rollout/forward_passes")
+MEASURED = (
+    "rollout/preempted",
+    "rollout/forward_passes",
+    "rollout/drafted_tokens",
+    "rollout/accepted_tokens",
+)
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets")
 _REASONS_SHOWN = 5  # distinct reasons of masked responses named for one step

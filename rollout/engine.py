@@ -22,6 +22,7 @@ from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
+from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
@@ -57,6 +58,7 @@ class Engine:
         self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights))
         self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, self._vocab)
         self._lengths = Lengths()
+        self._drafts = Drafts(config.draft_tokens, model.device.type)
         self._jobs: dict[str, Job] = {}  # in work
         self._generating = self._was_training = False
         self._begin_anew()
@@ -142,12 +144,14 @@ class Engine:
     @property
     def counts(self) -> dict[str, int]:
         """Since the start, the last `generate` or the last failure: tokens brought into the cache, those of them that were
-        found there, and how often work gave way."""
+        found there, how often work gave way, tokens that were guessed, and those of them that stood."""
         scheduler = self._scheduler
         return {
             "prefill_tokens": scheduler.prefill_tokens,
             "hit_tokens": scheduler.hit_tokens,
             "preempted": scheduler.num_preempted,
+            "drafted": self._drafts.num_drafted,
+            "accepted": self._drafts.num_accepted,
         }
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -233,49 +237,68 @@ class Engine:
         step = self._scheduler.schedule()
         logits = self._runner.run(step, self._samples)
         drawing = step.drawing
-        self._draw(step, drawing, logits)
+        self._draw(step, logits)
         copies = self._scheduler.commit(step)
         self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
         self._num_steps += 1
         return updates + self._news(drawing)
 
-    def _draw(self, step: Step, rows: np.ndarray, logits: torch.Tensor) -> None:
-        """One token for every sample that is due, recorded in its row."""
+    def _draw(self, step: Step, logits: torch.Tensor) -> None:
+        """The next tokens of every sample that is due, recorded in its row."""
+        rows = step.drawing
         if not len(rows):
             return
         if step.chunks:
             logits = logits[torch.from_numpy(step.logit_rows).to(logits.device)]
+        guesses = step.guesses.with_none(len(rows) - len(step.decoding))
         special = self._special.among(rows)
         if not len(special):
-            self._record(
-                rows, self._sample(rows, logits, draw_parameters(self._samples, rows, logits.device))
-            )
+            self._draw_plain(rows, guesses, logits)
             return
         plain = np.setdiff1d(np.arange(len(rows)), special)
+        each = guesses.counts + 1
+        of_special = np.repeat(np.isin(np.arange(len(rows)), special), each)
         if len(plain):  # a row's draw is its own, so that others can be drawn apart
-            parameters = draw_parameters(self._samples, rows[plain], logits.device)
-            self._record(rows[plain], self._sample(rows[plain], logits[plain], parameters))
-        rows, raw = rows[special], logits[special]
-        parameters = draw_parameters(self._samples, rows, logits.device)
+            self._draw_plain(rows[plain], guesses[plain], logits[torch.from_numpy(~of_special)])
+        self._draw_special(rows[special], logits[torch.from_numpy(of_special)])
+
+    def _draw_plain(self, rows: np.ndarray, guesses: Guesses, logits: torch.Tensor) -> None:
+        """A draw counts if all guesses before it are what was drawn."""
+        samples, each = self._samples, guesses.counts + 1
+        row = np.repeat(rows, each)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
+        drawn = self._sample(row, samples.count[row] + place, logits)
+        columns = _columns(drawn)
+        stood = guesses.stood(columns[0])
+        self._drafts.learn(guesses, stood)
+        last = np.repeat(stood, each)
+        for i in range(int(stood.max()) + 1):
+            at = (place == i) & (i <= last) & (samples.finished[row] == RUNNING)
+            self._record(row[at], tuple(column[at] for column in columns))
+
+    def _draw_special(self, rows: np.ndarray, raw: torch.Tensor) -> None:
+        """One token each: nothing is guessed for these."""
+        counts = self._samples.count[rows]
+        parameters = draw_parameters(self._samples, rows, counts, raw.device)
         changed = self._special.logits(rows, raw)
-        drawn = self._sample(rows, changed, parameters)
-        self._record(rows, self._special.raw_logprobs(raw, drawn, parameters["temperature"]))
+        drawn = self._sample(rows, counts, changed)
+        drawn = self._special.raw_logprobs(raw, drawn, parameters["temperature"])
+        self._record(rows, _columns(drawn))
         self._special.note(rows, raw, changed, parameters)
 
-    def _sample(self, rows: np.ndarray, logits: torch.Tensor, parameters: dict[str, Any]) -> Sampled:
-        keys, counts = (torch.from_numpy(x[rows]) for x in (self._samples.key, self._samples.count))
-        return sample(logits, keys.to(logits.device), counts.to(logits.device), **parameters)
+    def _record(self, rows: np.ndarray, columns: tuple[np.ndarray, ...]) -> None:
+        self._samples.record(rows, *columns, self.version)
+        self._num_written += len(rows)
 
-    def _record(self, rows: np.ndarray, drawn: Sampled) -> None:
-        columns = (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)
-        self._samples.record(rows, *(column.cpu().numpy() for column in columns), self.version)
+    def _sample(self, rows: np.ndarray, counts: np.ndarray, logits: torch.Tensor) -> Sampled:
+        keys, at = (torch.from_numpy(x).to(logits.device) for x in (self._samples.key[rows], counts))
+        return sample(logits, keys, at, **draw_parameters(self._samples, rows, counts, logits.device))
 
     def _news(self, drawing: np.ndarray) -> list[Update]:
         """Updates of the requests whose samples drew a token: of those that stream, and of those that are done."""
         samples = self._samples
         ended = samples.finished[drawing] != RUNNING
         self._num_finished += int(ended.sum())
-        self._num_written += len(drawing)
         rows = drawing[ended | samples.streams[drawing]]
         updates = []
         for job in dict.fromkeys(samples.job[row] for row in rows.tolist()):
@@ -295,6 +318,7 @@ class Engine:
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
         self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
+        self._drafts.finished(job)
         return Update(job.request.id, deltas, self._take_out(job))
 
     def _take_out(self, job: Job) -> tuple[Completion, ...]:
@@ -303,6 +327,7 @@ class Engine:
             for c, row in zip(self._samples.completions(job), job.rows.tolist(), strict=True)
         )
         self._special.remove(job)
+        self._drafts.forget(job)
         self._samples.free(job)
         del self._jobs[job.request.id]
         if not self._jobs:
@@ -373,8 +398,14 @@ class Engine:
     def _begin_anew(self) -> None:
         """Nothing in work, counters at 0."""
         self._samples = Samples(page_tokens=self.config.page_tokens, context=self._context)
+        self._drafts.begin_anew(self._samples)
         self._scheduler = Scheduler(
-            self._samples, self._pool, self.config, version=self.version, put_by=self._pages
+            self._samples,
+            self._pool,
+            self.config,
+            version=self.version,
+            put_by=self._pages,
+            drafts=self._drafts,
         )
         self._special = SpecialRows(self._samples, self._tokenizer, self._grammars)
         self._done_at_once: list[Job] = []
@@ -396,4 +427,14 @@ class Engine:
             "rollout/prefill_tokens": scheduler.prefill_tokens,
             "rollout/preempted": scheduler.num_preempted,
             "rollout/forward_passes": self._num_steps,
+            "rollout/drafted_tokens": self._drafts.num_drafted,
+            "rollout/accepted_tokens": self._drafts.num_accepted,
         }
+
+
+def _columns(drawn: Sampled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `Samples.record` takes them."""
+    tokens, logprobs, processed = (
+        x.cpu().numpy() for x in (drawn.tokens, drawn.logprobs, drawn.processed_logprobs)
+    )
+    return tokens, logprobs, processed

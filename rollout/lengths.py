@@ -24,11 +24,11 @@ class Lengths:
 
     def expected(self, prompt: np.ndarray, limit: int) -> float:
         """Tokens that a response to the prompt (n,) int64 will have; the limit where nothing is known."""
-        return min(self._mean.get(_digest(prompt), float(limit)), float(limit))
+        return min(self._mean.get(prompt_digest(prompt), float(limit)), float(limit))
 
     def observe(self, prompt: np.ndarray, lengths: Sequence[int]) -> None:
         """Take note of finished responses."""
-        digest = _digest(prompt)
+        digest = prompt_digest(prompt)
         for length in lengths:
             old = self._mean.pop(digest, float(length))
             self._mean[digest] = old + _NEWEST * (length - old)
@@ -39,5 +39,5 @@ class Lengths:
         return len(self._mean)
 
 
-def _digest(prompt: np.ndarray) -> bytes:
+def prompt_digest(prompt: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(prompt, dtype=np.int64).tobytes(), digest_size=16).digest()

@@ -160,6 +160,7 @@ class EngineConfig:
     preemption: Literal["recompute", "swap"] = (
         "recompute"  # of work that gives way: its keys made again, or put by
     )
+    draft_tokens: int = 0  # most tokens of a sample that are guessed and checked in one pass; 0 = none
     cache_responses: bool = (
         False  # find the text of a finished response again too, as the next turn of a chat does
     )
@@ -168,6 +169,8 @@ class EngineConfig:
         for name in ("page_tokens", "max_batch_tokens", "max_sequences"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.draft_tokens < 0:
+            raise ValueError(f"draft_tokens={self.draft_tokens} is negative; use 0 to guess nothing")
         if self.policy not in ORDERS:
             raise ValueError(f"policy={self.policy!r} is unknown; choose from {', '.join(ORDERS)}")
         if self.kv_dtype not in ("auto", *KV_DTYPES):

@@ -30,7 +30,8 @@ class Runner:
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
-        """Logits (L, V) of the decoding samples' tokens and of the last token of each completed prefill."""
+        """Logits (L, V) of the decoding samples' tokens, guesses among them, and of the last token of each completed
+        prefill."""
         packed = _pack(step, samples, self.pages.page_tokens)
         device, num_tokens = self.model.device, len(packed.token_ids)
         repeats = row_bucket(num_tokens) - num_tokens if device.type == "cpu" else 0
@@ -54,7 +55,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A step's N tokens of S sequences, decoding samples first with one token each; int64 throughout."""
+    """A step's N tokens of S sequences, decoding samples first; int64 throughout."""
 
     token_ids: np.ndarray  # (N,)
     positions: np.ndarray  # (N,) in their sequences
@@ -66,18 +67,10 @@ class PackedStep:
 
 
 def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
-    rows, chunks = step.decoding, step.chunks
-    positions = samples.position(rows)
-    width = -(-max([positions.max(initial=-1) + 1, *(c.end for c in chunks)]) // page_tokens)
-    decoding = PackedStep(
-        token_ids=samples.next_token[rows],
-        positions=positions,
-        slots=samples.table[rows, positions // page_tokens] * page_tokens + positions % page_tokens,
-        page_table=samples.table[rows, :width],
-        context_lens=positions + 1,
-        query_starts=np.arange(len(rows) + 1),
-        keep=np.arange(len(rows)),
-    )
+    chunks = step.chunks
+    most = samples.position(step.decoding) + step.guesses.counts
+    width = -(-max([most.max(initial=-1) + 1, *(c.end for c in chunks)]) // page_tokens)
+    decoding = _pack_decoding(step, samples, width, page_tokens)
     if not chunks:
         return decoding
     parts = [decoding, *(_pack_chunk(c, width, page_tokens) for c in chunks)]
@@ -85,8 +78,9 @@ def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(p, name) for p in parts])
 
-    starts = np.concatenate([decoding.query_starts, len(rows) + np.cumsum([c.end - c.start for c in chunks])])
-    last = starts[len(rows) + 1 :][[c.is_last for c in chunks]] - 1
+    lengths = [c.end - c.start for c in chunks]
+    starts = np.concatenate([decoding.query_starts, len(decoding.keep) + np.cumsum(lengths)])
+    last = starts[len(step.decoding) + 1 :][[c.is_last for c in chunks]] - 1
     return PackedStep(
         token_ids=joined("token_ids"),
         positions=joined("positions"),
@@ -95,6 +89,29 @@ def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
         context_lens=joined("context_lens"),
         query_starts=starts,
         keep=np.concatenate([decoding.keep, last]),
+    )
+
+
+def _pack_decoding(step: Step, samples: Samples, width: int, page_tokens: int) -> PackedStep:
+    """The decoding samples, each with its newest token and the guesses that follow it."""
+    rows, guesses = step.decoding, step.guesses
+    lengths = guesses.counts + 1
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    row = np.repeat(rows, lengths)
+    place = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    token_ids = samples.next_token[row]
+    if starts[-1] > len(rows):
+        guessed = np.arange(guesses.tokens.shape[1]) < guesses.counts[:, None]
+        token_ids[place > 0] = guesses.tokens[guessed]
+    positions = samples.position(row) + place
+    return PackedStep(
+        token_ids=token_ids,
+        positions=positions,
+        slots=samples.table[row, positions // page_tokens] * page_tokens + positions % page_tokens,
+        page_table=samples.table[rows, :width],
+        context_lens=positions[starts[1:] - 1] + 1,
+        query_starts=starts,
+        keep=np.arange(starts[-1]),
     )
 
 

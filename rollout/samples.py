@@ -29,6 +29,7 @@ _PER_SAMPLE = {  # what a row holds of one number each, and its type
     "prompt_tokens": np.int64,
     # where it is; the first three are written by the engine, the last by the scheduler
     "count": np.int64,  # response tokens written
+    "told": np.int64,  # of them, those that `newest` gave out
     "next_token": np.int64,  # the newest token, not yet in the cache
     "finished": np.int8,
     "num_pages": np.int64,
@@ -64,6 +65,7 @@ class Samples:
     limit: np.ndarray
     prompt_tokens: np.ndarray
     count: np.ndarray
+    told: np.ndarray
     next_token: np.ndarray
     finished: np.ndarray
     num_pages: np.ndarray
@@ -116,7 +118,7 @@ class Samples:
         put("prompt_tokens", [len(t) for t in prompts])
         put("stops", _padded([p.stop_ids for p in params], self.stops.shape[1]))
         self.key[rows] = [s for r in requests for s in r.seeds]
-        for name in ("count", "next_token", "finished", "num_pages"):
+        for name in ("count", "told", "next_token", "finished", "num_pages"):
             getattr(self, name)[rows] = 0
         jobs = []
         for request, prompt, own in zip(
@@ -181,13 +183,14 @@ class Samples:
         ]
 
     def newest(self, job: Job, drawing: np.ndarray) -> Iterator[Delta]:
-        """The last token of each of a request's samples that are among the rows `drawing`."""
+        """What each of a request's samples that are among the rows `drawing` has written since the last time."""
         drew = np.isin(job.rows, drawing)
         for index in np.flatnonzero(drew).tolist():
             row = int(job.rows[index])
-            at = int(self.count[row]) - 1
+            new = slice(int(self.told[row]), int(self.count[row]))
+            self.told[row] = self.count[row]
             reason = _REASONS[int(self.finished[row])] if self.finished[row] != RUNNING else None
-            yield Delta(index, *self._written(row, slice(at, at + 1)), reason)
+            yield Delta(index, *self._written(row, new), reason)
 
     def _written(self, row: int, span: slice) -> Iterator[tuple]:
         for array in (self.tokens, self.logprobs, self.processed, self.versions):
@@ -203,7 +206,7 @@ class Samples:
             ("versions", begun.policy_versions),
         ):
             getattr(self, name)[row, :n] = values
-        self.count[row] = n
+        self.count[row] = self.told[row] = n
         if n and begun.token_ids[-1] in self.stops[row]:
             self.finished[row] = STOP
         elif n >= self.limit[row]:
@@ -246,18 +249,17 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 
 def draw_parameters(
-    samples: Samples, rows: np.ndarray, device: torch.device
+    samples: Samples, rows: np.ndarray, counts: np.ndarray, device: torch.device
 ) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None]:
-    """What `rlhf.kernels.sampling.sample` needs for the next token of the given samples; None = no row uses
-    it.
-    """
+    """What `rlhf.kernels.sampling.sample` needs for the draw of the given samples after `counts` (R,) response tokens;
+    None = no row uses it."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     top_k, top_p, min_p = samples.top_k[rows], samples.top_p[rows], samples.min_p[rows]
     stops = samples.stops[rows]
-    early = (samples.count[rows] < samples.min_tokens[rows])[:, None] & (stops >= 0)
+    early = (counts < samples.min_tokens[rows])[:, None] & (stops >= 0)
     row, column = np.nonzero(early)
     return {
         "temperature": tensor(samples.temperature[rows]),

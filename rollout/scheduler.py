@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlhf.rollout.cache import PagePool, prefix_digests
+from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.policies import Queue
 from rlhf.rollout.request import EngineConfig
 from rlhf.rollout.samples import ABORTED, RUNNING, Job, Samples
@@ -61,10 +62,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: one token for each decoding sample, then the chunks."""
+    """One forward pass: each decoding sample's token and the guesses that follow it, then the chunks."""
 
     decoding: np.ndarray  # sample rows
     chunks: list[Chunk]
+    guesses: Guesses  # for the decoding ones
 
     @property
     def completed(self) -> list[Prefill]:
@@ -72,15 +74,14 @@ class Step:
 
     @property
     def drawing(self) -> np.ndarray:
-        """Samples that draw a token after this pass, in the order of `logit_rows`."""
+        """Samples that draw after this pass: the decoding ones, then those of completed prefills."""
         return np.concatenate([self.decoding, *(p.samples for p in self.completed)])
 
     @property
     def logit_rows(self) -> np.ndarray:
-        """Which of the pass's logits each of `drawing` uses: one row per decoding sample, one per completed
-        prefill.
-        """
-        first = len(self.decoding)
+        """Which of the pass's logits the draws use, sample by sample of `drawing`: one for its next token and one after each
+        guess. There is one row for each token of a decoding sample, and one for each completed prefill."""
+        first = len(self.decoding) + int(self.guesses.counts.sum())
         shared = [np.full(len(p.samples), first + i) for i, p in enumerate(self.completed)]
         return np.concatenate([np.arange(first), *shared])
 
@@ -105,11 +106,12 @@ class Scheduler:
         *,
         version: int,
         put_by: PutBy | None = None,
+        drafts: Drafts | None = None,
     ):
         self.samples, self.pool, self.config, self.version = samples, pool, config, version
         self.num_preempted = self.num_swapped = 0
         self.hit_tokens = self.prefill_tokens = 0
-        self._put_by = put_by
+        self._put_by, self._drafts = put_by, drafts
         self._pages_saved = 0
         self._waiting = Queue(config.policy)
         self._prefilling: list[Prefill] = []
@@ -168,7 +170,8 @@ class Scheduler:
             self._forget_saved(work)
 
     def schedule(self) -> Step:
-        """Choose the next forward pass: every decoding sample, then prefill chunks up to the token budget."""
+        """Choose the next forward pass: every decoding sample, prefill chunks up to the token budget, and guesses where
+        a pass has little else to do."""
         self._grow()
         self._admit()
         budget = self.config.max_batch_tokens - len(self._decoding)
@@ -180,7 +183,7 @@ class Scheduler:
             chunks.append(Chunk(prefill, prefill.done, prefill.done + size))
             budget -= size
         assert chunks or len(self._decoding), "nothing to run although work is left"
-        return Step(self._decoding, chunks)
+        return Step(self._decoding, chunks, self._guess(sum(c.end - c.start for c in chunks), budget))
 
     def commit(self, step: Step) -> Copies:
         """Take note that the pass ran and `samples` recorded its tokens: forks, finished samples.
@@ -276,6 +279,26 @@ class Scheduler:
             running += len(prefill.samples)
         for prefill in reversed(put_off):
             self._waiting.push_front(prefill)
+
+    def _guess(self, others: int, budget: int) -> Guesses:
+        """What the decoding samples may write next, with pages for it; nobody gives way for those."""
+        rows, samples, page_tokens = self._decoding, self.samples, self.config.page_tokens
+        if self._drafts is None:
+            return Guesses.none(len(rows))
+        at = samples.position(rows)
+        guesses = self._drafts.guess(rows, others, samples.limit[rows] - samples.count[rows] - 1, budget)
+        missing = (at + guesses.counts) // page_tokens + 1 - samples.num_pages[rows]
+        spare = self.pool.num_available - self._promised()
+        for i in np.flatnonzero(missing > 0).tolist():
+            row, count = rows[i], int(missing[i])
+            if count > spare:
+                guesses.counts[i] = samples.num_pages[row] * page_tokens - at[i] - 1
+                continue
+            have = samples.num_pages[row]
+            samples.table[row, have : have + count] = self.pool.take(count)
+            samples.num_pages[row] += count
+            spare -= count
+        return guesses
 
     def _promised(self) -> int:
         """Pages that admitted work will want next: one for each sample that may still outgrow its own."""
@@ -387,7 +410,8 @@ class Scheduler:
 
     def _save(self, sample: int) -> tuple[Any, int]:
         """Put a sample's pages by, where that is wanted and there is room: as many as the cache has."""
-        pages = self._pages(sample)
+        written = -(-int(self.samples.position(sample)) // self.config.page_tokens)
+        pages = self._pages(sample)[:written]  # one more may be there for what is next
         if (
             self.config.preemption != "swap"
             or self._put_by is None

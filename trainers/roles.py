@@ -46,6 +46,12 @@ class Clock:
 
 
 # What runs the prompt of neighbouring rows once (`rlhf.batching.pack`).
+_SUMMED = (
+    "rollout/preempted",
+    "rollout/forward_passes",
+    "rollout/drafted_tokens",
+    "rollout/accepted_tokens",
+)  # over engines and calls
 _SHARING_SCORES = ("score", "score_with_values", "score_reference", "score_teacher", "score_values")
 
 
@@ -290,8 +296,7 @@ class Sampler:
         return {
             "cache/hit_frac": found / prefill,
             "cache/used_frac": max(s["cache/used_frac"] for s in taken),
-            "rollout/preempted": float(sum(s["rollout/preempted"] for s in taken)),
-            "rollout/forward_passes": float(sum(s["rollout/forward_passes"] for s in taken)),
+            **{name: float(sum(s[name] for s in taken)) for name in _SUMMED},
         }
 
     def _rollout(self, sample_id: str, prompt: Prompt, completion: Any) -> Rollout:

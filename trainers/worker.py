@@ -235,6 +235,7 @@ class Worker(WeightMethods):
             preemption=r.preemption,
             kv_dtype=r.kv_dtype,
             weights=r.weights,
+            draft_tokens=r.draft_tokens,
         )
         return Engine(model, config)
 

@@ -267,6 +267,9 @@ class RolloutConfig(Section):
     No order changes a sample; longest_first ends a step's last response sooner."""
     preemption: Literal["recompute", "swap"] = "recompute"
     """What becomes of the keys of a sample that gives way: made again, or put by in the host's memory."""
+    draft_tokens: NonNegative = 0
+    """Most tokens of a sample that are guessed and checked in one pass, from the prompt, its group and earlier epochs'
+    responses, while few samples are left; no guess changes a sample. 0 = none."""
 
     @property
     def is_rounded(self) -> bool:

@@ -48,6 +48,8 @@ class Load:
     prefill_tokens: int = 0
     hit_tokens: int = 0
     preempted: int = 0
+    drafted: int = 0
+    accepted: int = 0
     version: int = 0  # optimiser steps in the weights
 
 

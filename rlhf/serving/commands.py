@@ -31,6 +31,7 @@ CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Size of
 MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Sequences decoded at the same time.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="Numbers of the cache: auto (the model's), int8 or fp8.")]  # fmt: skip
 Weights = Annotated[str, typer.Option("--weights", help="Weights that the engine runs from: auto (the model's), int8 or int4.")]  # fmt: skip
+DraftTokens = Annotated[int, typer.Option("--draft-tokens", help="Most tokens guessed at and checked in one pass, which changes no answer; 0 = none.")]  # fmt: skip
 Temperature = Annotated[float, typer.Option("--temperature", help="0 = always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens that together hold this probability.")]  # fmt: skip
 TopK = Annotated[int, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 = all.")]
@@ -54,6 +55,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option("--max-waiting", help="Samples that may wait; more are answered 503.")] = _SERVER["max_waiting"].default,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
     grace: Annotated[float, typer.Option("--grace", help="Seconds that answers in work have to finish after SIGTERM.")] = _SERVER["grace_s"].default,
 ) -> None:  # fmt: skip
     """Answer OpenAI's HTTP API (completions, chat) with a model. Ctrl-C or SIGTERM ends it."""
@@ -61,7 +63,7 @@ def serve(
         _needs("uvicorn", "starlette")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, policy=policy, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights)
+                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, draft_tokens=draft_tokens)
         )  # fmt: skip
         key = os.environ.pop(_KEY_VARIABLE, None) if api_key is None else api_key
         settings = ServeSettings(
@@ -103,6 +105,7 @@ def generate(
     max_sequences: MaxSequences = _ENGINE["max_sequences"].default,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
 ) -> None:  # fmt: skip
     """Sample answers to prompts, all at once."""
     with _mistakes():
@@ -115,7 +118,7 @@ def generate(
             raise NotStarted(f"--out {out}: there is no folder {out.parent}")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, weights=weights)
+                 max_sequences=max_sequences, weights=weights, draft_tokens=draft_tokens)
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.batch import answers
@@ -148,12 +151,13 @@ def chat(
     cache_tokens: CacheTokens = None,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
 ) -> None:
     """Talk to a model in the terminal. /help says what else there is; Ctrl-C stops an answer."""
     with _mistakes():
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=1, weights=weights)
+                 max_sequences=1, weights=weights, draft_tokens=draft_tokens)
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.terminal import talk

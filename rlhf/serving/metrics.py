@@ -63,6 +63,8 @@ class Metrics:
             "prefill_tokens_total": (load.prefill_tokens, "Tokens brought into the cache."),
             "prefix_hit_tokens_total": (load.hit_tokens, "Tokens of these that were in the cache already."),
             "preemptions_total": (load.preempted, "Times that work gave way because the cache was full."),
+            "drafted_tokens_total": (load.drafted, "Tokens that were guessed and checked."),
+            "accepted_tokens_total": (load.accepted, "Tokens of these that stood."),
         }
         lines = []
         for kind, group in (("gauge", gauges), ("counter", counters)):

@@ -78,6 +78,7 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
         kv_dtype=settings.kv_dtype,
         weights=settings.weights,
         policy=settings.policy,
+        draft_tokens=settings.draft_tokens,
         cache_responses=cache_responses,
     )
     # one of its own: a tokenizer is not for two threads

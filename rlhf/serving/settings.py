@@ -41,6 +41,9 @@ class EngineSettings(BaseModel):
     """Numbers of the cache; auto = the model's."""
     weights: Literal["auto", "int8", "int4"] = "auto"
     """Weights of the layers that the engine runs from; auto = the model's."""
+    draft_tokens: int = Field(default=8, ge=0)
+    """Most tokens of an answer that are guessed, from the prompt and from what was written, and checked in one pass; no
+    guess changes an answer. 0 = none."""
 
 
 class ServeSettings(BaseModel):

@@ -94,6 +94,21 @@ def test_however_a_step_is_cut_or_split_the_curve_is_the_same(train: Train, meth
     assert_same_curve(train(method), train(method, FORMS[form]))
 
 
+def test_whatever_guesses_the_sampler_makes_the_run_is_the_same(train: Train):
+    """Would catch: a guess that changes a sample, and guesses that no run makes. To the bit: the sampler's promise."""
+    small = {"rollout": {"max_response_tokens": 24}, "trainer": {"prompts_per_step": 2, "steps": 60}}
+    plain = train("grpo", small)
+    guessing = train("grpo", merged(small, {"rollout": {"draft_tokens": 4}}))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (plain / name).read_bytes() == (guessing / name).read_bytes()
+    accepted = [
+        r["rollout/accepted_tokens"]
+        for r in records(guessing, "timings.jsonl")
+        if "rollout/accepted_tokens" in r
+    ]
+    assert sum(accepted) > 0
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)

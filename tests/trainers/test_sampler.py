@@ -30,6 +30,8 @@ class _Engines:
                 "rollout/prefill_tokens": tokens,
                 "rollout/preempted": 1,
                 "rollout/forward_passes": 3,
+                "rollout/drafted_tokens": 4,
+                "rollout/accepted_tokens": 2,
             }
             for hit, tokens in zip(self.hit, self.tokens, strict=True)
         ]
@@ -49,5 +51,7 @@ def test_stats_of_all_calls_and_engines_are_one() -> None:
         "cache/used_frac": 0.75,
         "rollout/preempted": 3,
         "rollout/forward_passes": 9,
+        "rollout/drafted_tokens": 12,
+        "rollout/accepted_tokens": 6,
     }
     assert sampler.take_stats() == {}
