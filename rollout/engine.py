@@ -25,6 +25,7 @@ from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
+from rlhf.rollout.prompt_scores import PromptScores
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
@@ -223,6 +224,7 @@ class Engine:
         for job in jobs:
             self._jobs[job.request.id] = job
             self._special.add(job)
+            job.scores = self._prompt_scores(job)
             limit = int(self._samples.limit[job.rows[0]])
             self._scheduler.add(job, self._lengths.expected(job.prompt, limit))
             if self._samples.is_done(job):  # it had been begun, and nothing was left to do
@@ -237,11 +239,28 @@ class Engine:
         step = self._scheduler.schedule()
         logits = self._runner.run(step, self._samples)
         drawing = step.drawing
+        self._score(step, logits[step.num_logits :])
         self._draw(step, logits)
         copies = self._scheduler.commit(step)
         self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
         self._num_steps += 1
         return updates + self._news(drawing)
+
+    def _prompt_scores(self, job: Job) -> PromptScores | None:
+        params = job.request.params
+        if params.prompt_logprobs is None:
+            return None
+        at = params.temperature or 1.0
+        return PromptScores(job.prompt, num_top=params.prompt_logprobs, temperature=at, vocab=self._vocab)
+
+    def _score(self, step: Step, logits: torch.Tensor) -> None:
+        """Note what the pass says of prompts whose log-probs were asked for."""
+        for chunk in step.chunks:
+            if chunk.num_scored:
+                scores = chunk.prefill.job.scores
+                assert scores is not None
+                scores.note(chunk.start, logits[: chunk.num_scored])
+                logits = logits[chunk.num_scored :]
 
     def _draw(self, step: Step, logits: torch.Tensor) -> None:
         """The next tokens of every sample that is due, recorded in its row."""
@@ -311,10 +330,14 @@ class Engine:
         return updates
 
     def _deltas(self, job: Job, drawing: np.ndarray) -> tuple[Delta, ...]:
-        news = self._samples.newest(job, drawing)
-        if not job.request.params.top_logprobs:
-            return tuple(news)
-        return tuple(replace(d, top_logprobs=self._special.newest(int(job.rows[d.index]))) for d in news)
+        is_first = self._samples.told[job.rows] == 0
+        news = tuple(self._samples.newest(job, drawing))
+        if job.request.params.top_logprobs:
+            news = tuple(replace(d, top_logprobs=self._special.newest(int(job.rows[d.index]))) for d in news)
+        if job.scores is not None:
+            prompt = job.scores.result()
+            news = tuple(replace(d, prompt=prompt) if is_first[d.index] else d for d in news)
+        return news
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
         self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
@@ -326,6 +349,9 @@ class Engine:
             replace(c, top_logprobs=self._special.top(row)) if job.request.params.top_logprobs else c
             for c, row in zip(self._samples.completions(job), job.rows.tolist(), strict=True)
         )
+        if job.scores is not None and job.scores.is_complete:
+            prompt = job.scores.result()
+            completions = tuple(replace(c, prompt=prompt) for c in completions)
         self._special.remove(job)
         self._drafts.forget(job)
         self._samples.free(job)

@@ -51,6 +51,9 @@ class SamplingParams:
     banned_ids: tuple[int, ...] = ()  # cannot be drawn
     grammar: Grammar | None = None
     top_logprobs: int = 0  # likeliest tokens to report beside each one drawn
+    prompt_logprobs: int | None = (
+        None  # log-probs of the prompt's tokens, with as many likeliest ones; None = no
+    )
 
     def __post_init__(self) -> None:
         if self.max_tokens <= 0:
@@ -76,6 +79,10 @@ class SamplingParams:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [-2, 2]; use 0 for none")
         if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs={self.top_logprobs} is outside 0..{MOST_TOP_LOGPROBS}")
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MOST_TOP_LOGPROBS:
+            raise ValueError(
+                f"prompt_logprobs={self.prompt_logprobs} is outside 0..{MOST_TOP_LOGPROBS}; use None for none"
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which every response contains; leave it out")
         if self.allowed_ids is not None and not set(self.allowed_ids) - set(self.banned_ids):
@@ -129,6 +136,15 @@ class Completion:
     policy_versions: tuple[int, ...]  # optimiser steps in the weights that wrote each token
     finish_reason: FinishReason
     top_logprobs: tuple[TopLogprobs, ...] = ()  # one per token where they were asked for
+    prompt: PromptLogprobs | None = None  # where asked for
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Of a prompt's tokens from the second on."""
+
+    logprobs: tuple[float, ...]  # nats, fp32: as `Completion.logprobs`
+    top_logprobs: tuple[TopLogprobs, ...]  # one per token where they were asked for, without processed ones
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,7 @@ class Delta:
     policy_versions: tuple[int, ...]
     finish_reason: FinishReason | None  # None: more will come
     top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt: PromptLogprobs | None = None  # with the first one
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Runner:
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
-        """Logits (L, V) of the decoding samples' tokens, guesses among them, and of the last token of each completed
-        prefill."""
+        """Logits (L, V) of the decoding samples' tokens, guesses among them, of the last token of each completed prefill, and
+        of the tokens of scored prompts."""
         packed = _pack(step, samples, self.pages.page_tokens)
         device, num_tokens = self.model.device, len(packed.token_ids)
         repeats = row_bucket(num_tokens) - num_tokens if device.type == "cpu" else 0
@@ -80,7 +80,9 @@ def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
 
     lengths = [c.end - c.start for c in chunks]
     starts = np.concatenate([decoding.query_starts, len(decoding.keep) + np.cumsum(lengths)])
-    last = starts[len(step.decoding) + 1 :][[c.is_last for c in chunks]] - 1
+    of_chunks = starts[len(step.decoding) :]
+    last = of_chunks[1:][[c.is_last for c in chunks]] - 1
+    scored = [start + np.arange(c.num_scored) for start, c in zip(of_chunks, chunks) if c.num_scored]
     return PackedStep(
         token_ids=joined("token_ids"),
         positions=joined("positions"),
@@ -88,7 +90,7 @@ def _pack(step: Step, samples: Samples, page_tokens: int) -> PackedStep:
         page_table=joined("page_table"),
         context_lens=joined("context_lens"),
         query_starts=starts,
-        keep=np.concatenate([decoding.keep, last]),
+        keep=np.concatenate([decoding.keep, last, *scored]),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rlhf.rollout.prompt_scores import PromptScores
 from rlhf.rollout.request import Completion, Delta, FinishReason, Request
 
 RUNNING, STOP, LENGTH, ABORTED = 0, 1, 2, 3
@@ -50,6 +51,7 @@ class Job:
     number: int  # of its arrival
     prompt: np.ndarray  # (n,) int64
     rows: np.ndarray  # (k,) of its samples, in order
+    scores: PromptScores | None = None  # of its prompt, where asked for
 
 
 class Samples:

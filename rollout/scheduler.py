@@ -46,6 +46,11 @@ class Prefill:
     saved: Any = None  # what one sample's pages held when it gave way, and how many there were
     num_saved: int = 0
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log-probs of its tokens are wanted and not known."""
+        return self.job.scores is not None and not self.job.scores.is_complete
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -54,6 +59,9 @@ class Chunk:
     prefill: Prefill
     start: int
     end: int
+    num_scored: int = (
+        0  # of its tokens, from the first: those whose logits say how likely the prompt's next one was
+    )
 
     @property
     def is_last(self) -> bool:
@@ -76,6 +84,11 @@ class Step:
     def drawing(self) -> np.ndarray:
         """Samples that draw after this pass: the decoding ones, then those of completed prefills."""
         return np.concatenate([self.decoding, *(p.samples for p in self.completed)])
+
+    @property
+    def num_logits(self) -> int:
+        """Of the pass's logits, the first, those that draws use; then come those of scored prompts."""
+        return len(self.decoding) + int(self.guesses.counts.sum()) + len(self.completed)
 
     @property
     def logit_rows(self) -> np.ndarray:
@@ -180,7 +193,8 @@ class Scheduler:
             size = min(budget, len(prefill.token_ids) - prefill.done)
             if size <= 0:
                 break
-            chunks.append(Chunk(prefill, prefill.done, prefill.done + size))
+            chunks.append(_chunk(prefill, size))
+            size = chunks[-1].end - chunks[-1].start
             budget -= size
         assert chunks or len(self._decoding), "nothing to run although work is left"
         return Step(self._decoding, chunks, self._guess(sum(c.end - c.start for c in chunks), budget))
@@ -378,6 +392,8 @@ class Scheduler:
 
     def _find(self, prefill: Prefill) -> list[int]:
         """Cached pages of a prefix that leaves at least one token to run, whose logits are needed."""
+        if prefill.is_scored:
+            return []
         return self.pool.find(
             self._digests(prefill)[: (len(prefill.token_ids) - 1) // self.config.page_tokens]
         )
@@ -440,3 +456,14 @@ class Scheduler:
             job = self.samples.job[sample]
             if job is not None:
                 self._waiting.served(job.request.tenant, 0, 1)
+
+
+def _chunk(prefill: Prefill, size: int) -> Chunk:
+    """The next `size` tokens, or fewer of a prompt whose logits are wanted."""
+    start = prefill.done
+    if not prefill.is_scored:
+        return Chunk(prefill, start, start + size)
+    scores = prefill.job.scores
+    assert scores is not None
+    end = start + min(size, scores.most_rows)
+    return Chunk(prefill, start, end, scores.num_rows(start, end))

@@ -118,6 +118,7 @@ class CompletionBody(Sampling):
     best_of: int | None = Field(default=None, ge=1)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0)
     add_special_tokens: bool = True
     response_format: ResponseFormat | None = None
 
@@ -127,10 +128,8 @@ class CompletionBody(Sampling):
             raise ValueError(
                 f"best_of={self.best_of} other than n={self.n} is not supported; ask for n and choose"
             )
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "echo with logprobs is not supported: there are none of the prompt; leave one out"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 without echo asks for nothing; ask for 1 or more, or for echo")
         return self  # fmt: skip
 
 

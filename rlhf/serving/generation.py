@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from rlhf.rollout import Delta, Grammar, Request, SamplingParams
-from rlhf.rollout.request import MOST_TOP_LOGPROBS, TopLogprobs
+from rlhf.rollout.request import MOST_TOP_LOGPROBS, PromptLogprobs, TopLogprobs
 from rlhf.serving.async_engine import AsyncEngine, Stream
 from rlhf.serving.bodies import ResponseFormat, Sampling
 from rlhf.serving.errors import ApiError
@@ -37,6 +37,7 @@ class Piece:
     logprobs: tuple[float, ...]
     top: tuple[TopLogprobs, ...]
     finish_reason: str | None
+    prompt: PromptLogprobs | None = None  # with the first piece, where asked for
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Choice:
     logprobs: list[float] = field(default_factory=list)
     top: list[TopLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt: PromptLogprobs | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -55,6 +57,11 @@ class Choice:
         self.logprobs += piece.logprobs
         self.top += piece.top
         self.finish_reason = piece.finish_reason
+        self.prompt = self.prompt or piece.prompt
+
+    def as_piece(self, choice: int) -> Piece:
+        columns = (tuple(self.token_ids), tuple(self.logprobs), tuple(self.top))
+        return Piece(choice, self.text, *columns, self.finish_reason, self.prompt)
 
 
 def sampling_params(
@@ -65,6 +72,7 @@ def sampling_params(
     max_tokens: int | None,
     top_logprobs: int,
     grammar: Grammar | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Raises ApiError, and ValueError as SamplingParams does."""
     room = served.most_tokens - num_prompt
@@ -119,6 +127,7 @@ def sampling_params(
         allowed_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         grammar=grammar,
         top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -258,7 +267,8 @@ class Generation:
         choice = number * self._body.n + delta.index
         self.num_completion_tokens += len(delta.token_ids)
         text = self._texts[choice].push(delta.token_ids, delta.finish_reason)
-        return Piece(choice, text, delta.token_ids, delta.logprobs, delta.top_logprobs, delta.finish_reason)
+        news = (delta.token_ids, delta.logprobs, delta.top_logprobs, delta.finish_reason, delta.prompt)
+        return Piece(choice, text, *news)
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Delta]]]:

@@ -130,7 +130,7 @@ def test_many_come_and_go(load):
     count = int(os.environ.get("RLHF_SOAK_REQUESTS", "200"))
     quiet = load(cache_tokens=1024).engine
     expected = quiet.generate([make_request(i, n=3) for i in range(100)])
-    running = Running(AsyncEngine(load(cache_tokens=480).engine, max_waiting=4 * count))
+    running = Running(AsyncEngine(load(cache_tokens=240).engine, max_waiting=4 * count))
     asyncio.run(soak(running, expected, count, seed=0))
 
 

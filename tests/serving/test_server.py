@@ -106,6 +106,37 @@ def test_stop_texts(client):
     assert later.usage.completion_tokens >= 59  # found again only where it is written again
 
 
+def test_a_text_is_scored(client):
+    """Catches: log-probs beside the wrong token of the prompt, offsets that forget it, a token that nobody asked for, and a
+    stream that tells the prompt twice or never. As evaluation harnesses ask: echo, log-probs, 0 or 1 tokens."""
+    said = client.completions.create(
+        model="tiny", prompt="ab", max_tokens=20, seed=1, logprobs=2, extra_body={"return_token_ids": True}
+    ).choices[0]
+    ids = [*said.prompt_token_ids, *said.token_ids]
+    wishes = dict(model="tiny", prompt=ids, echo=True, logprobs=2, seed=5)
+    for max_tokens in (0, 1):
+        answer = client.completions.create(max_tokens=max_tokens, **wishes)
+        (choice,) = answer.choices
+        own = choice.logprobs
+        columns = (own.tokens, own.token_logprobs, own.top_logprobs, own.text_offset)
+        assert [len(column) for column in columns] == [len(ids) + max_tokens] * 4
+        assert own.token_logprobs[0] is None and own.top_logprobs[0] is None
+        assert own.token_logprobs[2 : len(ids)] == said.logprobs.token_logprobs
+        assert own.top_logprobs[2 : len(ids)] == said.logprobs.top_logprobs
+        assert own.tokens[2 : len(ids)] == said.logprobs.tokens and own.text_offset[:3] == [0, 1, 2]
+        assert answer.usage.completion_tokens == max_tokens and choice.finish_reason == "length"
+        pieces = list(client.completions.create(max_tokens=max_tokens, stream=True, **wishes))
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            streamed = [x for c in pieces for x in getattr(c.choices[0].logprobs, name)]
+            assert streamed == getattr(own, name)
+        assert "".join(c.choices[0].text for c in pieces) == choice.text
+    many = client.completions.create(
+        model="tiny", prompt=["abc", "de"], echo=True, logprobs=0, max_tokens=0, n=2
+    )
+    assert [c.text for c in many.choices] == ["abc", "abc", "de", "de"]
+    assert [c.logprobs.tokens for c in many.choices] == [["a", "b", "c"]] * 2 + [["d", "e"]] * 2
+
+
 def test_logprobs(client, server):
     """Catches: log-probs beside the wrong token, and of another distribution."""
     wishes = dict(model="tiny", prompt=PROMPT, max_tokens=20, seed=2, temperature=0.7)
@@ -265,7 +296,8 @@ def test_structured_output(client):
         (dict(temperature=1e-20), "use 0 for greedy", "temperature"),
         (dict(top_p=0), "top_p=0.0 is outside", "top_p"),
         (dict(top_p="x"), "valid number", "top_p"),
-        (dict(max_tokens=0), "greater than or equal to 1", "max_tokens"),
+        (dict(max_tokens=0), "max_tokens=0 without echo asks for nothing", None),
+        (dict(max_tokens=-1), "greater than or equal to 0", "max_tokens"),
         (dict(max_tokens=1100), "room for 1024 tokens; the prompt has 2 and 1100", "max_tokens"),
         (dict(prompt="x" * 1100), "room for 1024 tokens; the prompt has 1100", None),
         (dict(prompt="x" * 60_000), "60000 characters", None),
@@ -275,7 +307,6 @@ def test_structured_output(client):
         (dict(n=0), "greater than or equal to 1", "n"),
         (dict(n=129), "less than or equal to 128", "n"),
         (dict(best_of=3), "best_of=3 other than n=1", None),
-        (dict(echo=True, logprobs=1), "echo with logprobs", None),
         (dict(logprobs=100), "64 at most", "top_logprobs"),
         (dict(stop=["a", ""]), "empty text", None),
         (dict(logit_bias={"5": 101}), "less than or equal to 100", "logit_bias"),
