@@ -21,12 +21,13 @@ from rlhf.kernels.kv import QUANTISED, KvScales, as_bytes
 _MEMORY_SHARE = 0.5  # of the free memory that a cache of unset size may take
 
 
-def prefix_digests(version: int, token_ids: np.ndarray, page_tokens: int) -> list[bytes]:
-    """A digest per full page of token_ids, each over the weight version and every token up to the page's end.
+def prefix_digests(version: int, token_ids: np.ndarray, page_tokens: int, adapter: int = 0) -> list[bytes]:
+    """A digest per full page of token_ids, each over the weight version, the adapter's number and every token up to the
+    page's end.
 
-    The version is part of the chain, so keys and values computed by older weights can never be found.
+    Version and adapter are part of the chain, so keys and values computed by other weights can never be found.
     """
-    digest = f"version {version}".encode()
+    digest = f"version {version} adapter {adapter}".encode()
     digests = []
     for start in range(0, len(token_ids) - page_tokens + 1, page_tokens):
         page = np.ascontiguousarray(token_ids[start : start + page_tokens], dtype=np.int64)

@@ -8,8 +8,10 @@ rewards, other processes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 from rlhf.faults import fault_point
 from rlhf.kernels.attention import KEY_STEP
 from rlhf.kernels.sampling import Sampled, sample
+from rlhf.models.adapters import read_adapter
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
@@ -61,6 +64,8 @@ class Engine:
         self._lengths = Lengths()
         self._drafts = Drafts(config.draft_tokens, model.device.type)
         self._jobs: dict[str, Job] = {}  # in work
+        self._adapters: dict[str, int] = {}  # numbers, which the runner knows; one is never used again
+        self._adapter_numbers = itertools.count(1)
         self._generating = self._was_training = False
         self._begin_anew()
 
@@ -179,6 +184,43 @@ class Engine:
         self._scheduler.remove(job)
         return list(self._take_out(job))
 
+    # adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that requests may ask for."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests ask for the LoRA adapter that peft wrote to `folder`. Requests of several adapters run in one
+        batch, and a sample is that of the model with the adapter alone. Raises ValueError for a name that is taken or
+        empty, a model that runs by its own modules, and what `rlhf.models.adapters.read_adapter` refuses."""
+        if not name or name in self._adapters:
+            raise ValueError(
+                f"adapter name {name!r} is {'taken; remove that one first' if name else 'empty'}"
+            )
+        linears = self._runner.forward.adapted
+        if not linears:
+            raise ValueError(
+                f"adapter {name!r}: {type(self.model).__name__} is no decoder of Llama's kind, so that requests cannot have "
+                "adapters of their own; merge it into the model"
+            )
+        adapter = read_adapter(folder, linears)
+        number = next(self._adapter_numbers)
+        self._runner.adapters[number] = adapter
+        self._adapters[name] = number
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises KeyError for an unknown name, RuntimeError while requests of it are in work."""
+        if name not in self._adapters:
+            raise KeyError(f"there is no adapter {name!r}")
+        users = [job.request.id for job in self._jobs.values() if job.request.adapter == name]
+        if users:
+            raise RuntimeError(
+                f"adapter {name!r} has {len(users)} requests in work, {users[0]!r} first; finish or abort them"
+            )
+        del self._runner.adapters[self._adapters.pop(name)]
+
     def set_version(self, version: int) -> None:
         """The weights are now those after `version` optimiser steps: cached prefixes and packed weights are
         stale. Samples in work go on under the new weights, from a cache made anew; their tokens know their version.
@@ -225,6 +267,7 @@ class Engine:
             self._jobs[job.request.id] = job
             self._special.add(job)
             job.scores = self._prompt_scores(job)
+            job.adapter = self._adapters[job.request.adapter] if job.request.adapter else 0
             limit = int(self._samples.limit[job.rows[0]])
             self._scheduler.add(job, self._lengths.expected(job.prompt, limit))
             if self._samples.is_done(job):  # it had been begun, and nothing was left to do
@@ -386,6 +429,11 @@ class Engine:
                     "tokenizer and model do not match"
                 )
             self._special.check(request, self._vocab)
+            if request.adapter and request.adapter not in self._adapters:
+                known = ", ".join(self._adapters) or "none"
+                raise ValueError(
+                    f"request {name!r}: adapter {request.adapter!r} is unknown; there are: {known}"
+                )
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""

@@ -105,6 +105,7 @@ class Request:
     priority: int = 0  # for policy "priority": the greatest is admitted first
     tenant: str = ""  # for policy "fair": whose request it is
     stream: bool = False  # be told of every token, by `Engine.step`
+    adapter: str = ""  # name of one that the engine has; "" = the model as it is
     begun: tuple[Completion, ...] = ()  # what an aborted call had written, one per sample, to go on from
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.kernels.linear import row_bucket
+from rlhf.models.adapters import Adapter, AdapterRows
 from rlhf.models.attention import PagedContext
 from rlhf.models.fused import StepForward
 from rlhf.rollout.cache import KVPages
@@ -27,6 +28,7 @@ class Runner:
         """`bits` 8 or 4: of copies of the layers' weights that the steps run from."""
         self.model, self.pages = model, pages
         self.forward = StepForward(model, bits)
+        self.adapters: dict[int, Adapter] = {}  # by their number
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:
@@ -39,6 +41,7 @@ class Runner:
             torch.from_numpy(np.concatenate([x, np.repeat(x[-1:], repeats)])).to(device)
             for x in (packed.token_ids, packed.positions, packed.slots)
         )
+        adapters = self._adapters(step, samples, packed, repeats) if self.adapters else ()
         context = PagedContext(
             k_pages=self.pages.k,
             v_pages=self.pages.v,
@@ -49,8 +52,20 @@ class Runner:
             kv_scales=self.pages.scales,
         )
         keep = torch.from_numpy(packed.keep).to(device) if step.chunks else None
-        logits = self.forward(token_ids, positions, context, keep)
+        logits = self.forward(token_ids, positions, context, keep, adapters)
         return logits if step.chunks else logits[:num_tokens]
+
+    def _adapters(self, step: Step, samples: Samples, packed: PackedStep, repeats: int) -> AdapterRows:
+        """Which tokens are whose; those that fill a bucket write the last one's keys again, and so are that one's."""
+        jobs = [*(samples.job[row] for row in step.decoding.tolist()), *(c.prefill.job for c in step.chunks)]
+        of_sequence = np.asarray([0 if job is None else job.adapter for job in jobs], np.int64)
+        of_token = np.repeat(of_sequence, np.diff(packed.query_starts))
+        of_token = np.concatenate([of_token, np.repeat(of_token[-1:], repeats)])
+        found = np.unique(of_token)
+        if len(found) == 1:
+            return [(self.adapters[n], None) for n in found.tolist() if n]
+        rows = {n: torch.from_numpy(np.flatnonzero(of_token == n)) for n in found.tolist() if n}
+        return [(self.adapters[n], own.to(self.model.device)) for n, own in rows.items()]
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Job:
     prompt: np.ndarray  # (n,) int64
     rows: np.ndarray  # (k,) of its samples, in order
     scores: PromptScores | None = None  # of its prompt, where asked for
+    adapter: int = 0  # number of its adapter in the engine, 0 = none
 
 
 class Samples:

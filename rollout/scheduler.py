@@ -354,7 +354,9 @@ class Scheduler:
         pages = self._pages(sample)
         if remember and self.config.prefix_cache:
             text = self.samples.token_ids(sample)[:-1]  # the last token never got keys and values
-            digests = prefix_digests(self.version, text, self.config.page_tokens)
+            job = self.samples.job[sample]
+            assert job is not None, f"row {sample} is free"
+            digests = prefix_digests(self.version, text, self.config.page_tokens, job.adapter)
             self.pool.remember(pages[: len(digests)], digests)
         self.pool.release(pages)
         self.samples.num_pages[sample] = 0
@@ -386,7 +388,9 @@ class Scheduler:
 
     def _digests(self, prefill: Prefill) -> list[bytes]:
         if self.config.prefix_cache and prefill.version != self.version:
-            prefill.digests = prefix_digests(self.version, prefill.token_ids, self.config.page_tokens)
+            prefill.digests = prefix_digests(
+                self.version, prefill.token_ids, self.config.page_tokens, prefill.job.adapter
+            )
             prefill.version = self.version
         return prefill.digests
 

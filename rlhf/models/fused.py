@@ -25,6 +25,7 @@ from rlhf.kernels.linear import can_pack, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
 from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
 from rlhf.kernels.rotary import rotate_
+from rlhf.models.adapters import AdapterRows, add_changes
 from rlhf.models.attention import PackedContext, PagedContext, StepContext, use_context
 from rlhf.models.linear import InvariantLinear
 from rlhf.models.swap import FastRMSNorm, GatedMLP
@@ -57,6 +58,15 @@ class StepForward:
     def is_fused(self) -> bool:
         return self._use_decoder
 
+    @property
+    def adapted(self) -> dict[str, nn.Linear]:
+        """Linears that an adapter may change for some rows only, by their path; none where the model's own forward runs."""
+        if self._decoder is None:
+            return {}
+        joined = [j for layer in self._decoder.layers for j in layer.joined]
+        found = {path: m for j in joined for (path, _), m in zip(j.paths, j.linears, strict=True)}
+        return found if all(type(m) is InvariantLinear for m in found.values()) else {}
+
     def refresh(self) -> None:
         """Take note of weights that were written in the open, and of hooks. Call it before a series of steps."""
         self._use_decoder = self._decoder is not None and _is_plain(self._model)
@@ -77,10 +87,15 @@ class StepForward:
         positions: torch.Tensor,
         context: StepContext,
         keep: torch.Tensor | None = None,
+        adapters: AdapterRows = (),
     ) -> torch.Tensor:
         """token_ids, positions (N,) int64 -> logits (N, V), or those of the tokens in `keep` (L,)."""
         if self._use_decoder:
-            return self._decoder(token_ids, positions, context, keep)
+            return self._decoder(token_ids, positions, context, keep, adapters)
+        if adapters:
+            raise RuntimeError(
+                "the model got hooks or other parameters while requests with adapters were in work"
+            )
         return _own_forward(self._model, token_ids, positions, context, keep)
 
 
@@ -137,12 +152,13 @@ class _Decoder:
         positions: torch.Tensor,
         context: StepContext,
         keep: torch.Tensor | None = None,
+        adapters: AdapterRows = (),
     ) -> torch.Tensor:
         x = F.embedding(token_ids, self.embed_tokens.weight)  # (N, H), from here on written in place
         cos, sin = (a[0] for a in self.rotary(x[None], positions[None]))  # (N, D)
         change = None  # what is added to x next, by the norm that reads the sum
         for layer in self.layers:
-            change = layer(x, change, cos, sin, context)
+            change = layer(x, change, cos, sin, context, adapters)
         if keep is not None:
             x, change = x.index_select(0, keep), change.index_select(0, keep)
         return self.head(_normed(x, self.norm, change))
@@ -155,10 +171,14 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.options = index, options
         self.norms: tuple[FastRMSNorm, FastRMSNorm] = (layer.input_layernorm, layer.post_attention_layernorm)
-        self.qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
-        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
-        self.joined = [self.qkv, self.gate_up]
+        at = f"model.layers.{index}"
+        self.qkv = _Joined(
+            f"{at}.self_attn", q_proj=attention.q_proj, k_proj=attention.k_proj, v_proj=attention.v_proj
+        )
+        self.gate_up = _Joined(f"{at}.mlp", gate_proj=mlp.gate_proj, up_proj=mlp.up_proj)
+        self.o_proj = _Joined(f"{at}.self_attn", o_proj=attention.o_proj)
+        self.down_proj = _Joined(f"{at}.mlp", down_proj=mlp.down_proj)
+        self.joined = [self.qkv, self.gate_up, self.o_proj, self.down_proj]
         self.head_dim: int = attention.head_dim
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
@@ -166,8 +186,6 @@ class _Layer:
         self.head_weights: torch.Tensor | None = None  # (Hq + Hkv, D), of the two norms
 
     def quantize(self, bits: int) -> bool:
-        self.o_proj, self.down_proj = _Joined([self.o_proj]), _Joined([self.down_proj])
-        self.joined = [self.qkv, self.gate_up, self.o_proj, self.down_proj]
         for joined in self.joined:
             joined.bits = bits
         return all(joined.can_join() for joined in self.joined)
@@ -186,9 +204,10 @@ class _Layer:
         cos: torch.Tensor,
         sin: torch.Tensor,
         context: StepContext,
+        adapters: AdapterRows = (),
     ) -> torch.Tensor:
         """x (N, H) += change, += attention; returns the MLP's change."""
-        heads = self.qkv(_normed(x, self.norms[0], change)).view(len(x), -1, self.head_dim)
+        heads = self.qkv(_normed(x, self.norms[0], change), adapters).view(len(x), -1, self.head_dim)
         both = self.heads + self.kv_heads
         rotated, v = heads[:, :both], heads[:, both:]
         eps = 0.0 if self.head_norms is None else self.head_norms[0].variance_epsilon
@@ -203,16 +222,18 @@ class _Layer:
             rotate_(rotated, cos, sin)
             q, k = rotated[:, : self.heads], rotated[:, self.heads :]
             out = context.attend(self.index, q, k, v, self.options)
-        change = self.o_proj(out.view(len(x), -1))
-        gate, up = self.gate_up(_normed(x, self.norms[1], change)).chunk(2, -1)
-        return self.down_proj(swiglu(gate, up))
+        change = self.o_proj(out.view(len(x), -1), adapters)
+        gate, up = self.gate_up(_normed(x, self.norms[1], change), adapters).chunk(2, -1)
+        return self.down_proj(swiglu(gate, up), adapters)
 
 
 class _Joined:
     """Linears of one input as one product: (N, in) -> (N, sum of outs). What cannot be packed runs one by one."""
 
-    def __init__(self, linears: Sequence[nn.Module]) -> None:
-        self.linears = linears
+    def __init__(self, at: str, **linears: nn.Module) -> None:
+        """`at` is the path of the module that they are in."""
+        self.linears = list(linears.values())
+        self.paths = [(f"{at}.{name}", m.out_features) for name, m in linears.items()]
         self.bits: int | None = None  # 8 or 4: of a copy that is made of the weights; None: all of theirs
         self._packed: torch.Tensor | None = None
         self._quantized: QuantizedWeight | None = None
@@ -238,15 +259,25 @@ class _Joined:
     def drop_pack(self) -> None:
         self._packed = self._quantized = self._bias = self._source = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, adapters: AdapterRows = ()) -> torch.Tensor:
+        out = self._product(x)
+        if adapters:
+            add_changes(out, x, adapters, self.paths)
+        return out
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._quantized is not None:
             return quantized_linear(x, self._quantized, self._bias)
         if self._packed is None:
-            return torch.cat([m(x) for m in self.linears], -1)
+            return (
+                self.linears[0](x) if len(self.linears) == 1 else torch.cat([m(x) for m in self.linears], -1)
+            )
         return packed_linear(x, self._packed, self._bias)
 
     def can_join(self) -> bool:
         first, bits = self.linears[0], self.bits
+        if bits is None and len(self.linears) == 1:
+            return False  # the module has its own pack
         return all(
             type(m) is InvariantLinear
             and (can_pack(m.weight) if bits is None else can_quantize(tuple(m.weight.shape), bits))

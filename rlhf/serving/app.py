@@ -77,14 +77,14 @@ class Server:
         return PlainTextResponse(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._model()]})
+        return Json({"object": "list", "data": [self._model(name) for name in self._names]})
 
     async def one_model(self, request: Request) -> Response:
         try:
             self._check_name(request.path_params["name"])
         except ApiError as error:
             return _answer(error)
-        return Json(self._model())
+        return Json(self._model(request.path_params["name"]))
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, CompletionBody, Completions)
@@ -138,18 +138,25 @@ class Server:
             self._check_name(body.model)  # type: ignore[attr-defined]
         return body
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Of the model and its adapters."""
+        return (self._served.name, *self._served.engine.adapters)
+
     def _check_name(self, name: str) -> None:
-        if name != self._served.name:
+        if name not in self._names:
             raise ApiError(
-                f"the model {name!r} is not here; this server has {self._served.name!r}",
+                f"the model {name!r} is not here; this server has {', '.join(map(repr, self._names))}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        of_adapter = {"root": self._served.name, "parent": self._served.name}  # as vLLM says it
         return {
-            "id": self._served.name,
+            **(of_adapter if name != self._served.name else {}),
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "rlhf",

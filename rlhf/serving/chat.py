@@ -72,7 +72,7 @@ class Chat:
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import asyncio
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -56,6 +56,7 @@ def serve(
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter and what clients call it; may be given several times.")] = None,
     grace: Annotated[float, typer.Option("--grace", help="Seconds that answers in work have to finish after SIGTERM.")] = _SERVER["grace_s"].default,
 ) -> None:  # fmt: skip
     """Answer OpenAI's HTTP API (completions, chat) with a model. Ctrl-C or SIGTERM ends it."""
@@ -63,7 +64,8 @@ def serve(
         _needs("uvicorn", "starlette")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, policy=policy, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, draft_tokens=draft_tokens)
+                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, draft_tokens=draft_tokens,
+                 adapters=_adapters(adapter or [], name or model))
         )  # fmt: skip
         key = os.environ.pop(_KEY_VARIABLE, None) if api_key is None else api_key
         settings = ServeSettings(
@@ -198,3 +200,20 @@ def _check_folder(model: str) -> None:
     if folder is not None:
         read_config_json(folder, trusted=False)
         weight_files(folder)
+
+
+def _adapters(given: Sequence[str], model: str) -> dict[str, str]:
+    """NAME=FOLDER, by name. Raises NotStarted for what is no such pair, and a name that is taken."""
+    found: dict[str, str] = {}
+    for pair in given:
+        name, _, folder = pair.partition("=")
+        if not (name and folder):
+            raise NotStarted(f"--adapter {pair!r} is no NAME=FOLDER, such as sums=runs/sums/model/adapter")
+        if name == model or name in found:
+            raise NotStarted(f"--adapter {pair!r}: the name {name!r} is taken; choose another")
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise NotStarted(
+                f"--adapter {pair!r}: there is no {folder}/adapter_config.json; give a folder that peft wrote, such as a run's model/adapter"
+            )
+        found[name] = folder
+    return found

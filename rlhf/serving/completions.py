@@ -58,7 +58,7 @@ class Completions:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
         self._special = frozenset(served.tokenizer.all_special_ids)
         self._offsets = [0] * (len(prompts) * body.n)  # of the next token's text

@@ -168,7 +168,7 @@ def asked_grammar(body: Sampling, form: ResponseFormat | None) -> Grammar | None
 
 
 def new_request(
-    body: Sampling, prompt_ids: Sequence[int], params: SamplingParams, seeds: Sequence[int]
+    body: Sampling, prompt_ids: Sequence[int], params: SamplingParams, seeds: Sequence[int], adapter: str = ""
 ) -> Request:
     return Request(
         uuid.uuid4().hex,
@@ -178,6 +178,7 @@ def new_request(
         priority=body.priority,
         tenant=body.user,
         stream=True,
+        adapter=adapter,
     )
 
 
@@ -194,8 +195,9 @@ def requests_for(
     body: Sampling, served: Served, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[Request]:
     """One for each prompt; with `seed` each prompt's samples are the same wherever it stands."""
+    adapter = body.model if body.model in served.engine.adapters else ""
     return [
-        new_request(body, prompt, own, sample_seeds(body.seed, body.n))
+        new_request(body, prompt, own, sample_seeds(body.seed, body.n), adapter or "")
         for prompt, own in zip(prompts, params, strict=True)
     ]
 

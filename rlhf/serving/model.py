@@ -83,6 +83,8 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
     )
     # one of its own: a tokenizer is not for two threads
     engine = Engine(model, engine_config, tokenizer=copy.deepcopy(tokenizer))
+    for adapter, folder in settings.adapters.items():
+        engine.add_adapter(adapter, folder)
     # the last token of a sequence never gets keys and values
     in_cache = cache_tokens // settings.page_tokens * settings.page_tokens + 1
     return Served(name, engine, tokenizer, stop_ids, min(context, in_cache))

@@ -41,6 +41,8 @@ class EngineSettings(BaseModel):
     """Numbers of the cache; auto = the model's."""
     weights: Literal["auto", "int8", "int4"] = "auto"
     """Weights of the layers that the engine runs from; auto = the model's."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Folders of LoRA adapters by the names under which clients call them; requests of several run in one batch."""
     draft_tokens: int = Field(default=8, ge=0)
     """Most tokens of an answer that are guessed, from the prompt and from what was written, and checked in one pass; no
     guess changes an answer. 0 = none."""

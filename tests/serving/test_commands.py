@@ -70,6 +70,8 @@ def test_serve_until_sigterm(serving):
         (["FOLDER", "--dtype", "int3"], "--dtype int3"),
         (["FOLDER", "--max-sequences", "0"], "--max-sequences 0"),
         (["FOLDER", "--port", "99999"], "--port 99999"),
+        (["FOLDER", "--adapter", "x"], "--adapter 'x' is no NAME=FOLDER"),
+        (["FOLDER", "--adapter", "x=no/such"], "there is no no/such/adapter_config.json"),
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(folder, args, message, monkeypatch):

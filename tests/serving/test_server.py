@@ -10,6 +10,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 
 from rlhf.serving.settings import NotStarted, ServeSettings, is_loopback, listen
 
@@ -534,3 +535,36 @@ def test_the_end_of_the_server(start):
         reading.join(10)
         assert isinstance(found[0], int) == whole
         assert whole or "shutting down" in str(found[0])
+
+
+def test_adapters_are_models_of_their_own(start, folder, tmp_path):
+    """Catches: an adapter that is not asked for, another's, and one whose name is unknown to /v1/models or in the answer."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path)
+    client = start({"adapters": {"tuned": str(tmp_path)}}).client()
+    assert [m.id for m in client.models.list().data] == ["tiny", "tuned"]
+    assert client.models.retrieve("tuned").parent == "tiny"
+    wishes = dict(prompt="ab", max_tokens=8, temperature=0)
+    answers = {m: client.completions.create(model=m, **wishes) for m in ("tiny", "tuned")}
+    assert all(answer.model == name for name, answer in answers.items())
+    assert answers["tiny"].choices[0].text != answers["tuned"].choices[0].text
+    chats = [
+        client.chat.completions.create(
+            model=m, messages=[{"role": "user", "content": "ab"}], max_tokens=8, temperature=0
+        )
+        for m in ("tiny", "tuned")
+    ]
+    assert chats[1].model == "tuned" and chats[0].choices[0].message != chats[1].choices[0].message
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny', 'tuned'"):
+        client.completions.create(model="other", **wishes)
