@@ -40,9 +40,9 @@ class Guesses:
     matches: np.ndarray  # (R,) int64 how many tokens before them were alike, _LONGEST at most
 
     @classmethod
-    def none(cls, rows: int) -> Guesses:
+    def none(cls, rows: int, width: int = 0) -> Guesses:
         nothing = np.zeros(rows, np.int64)
-        return cls(np.zeros((rows, 0), np.int64), nothing, nothing)
+        return cls(np.zeros((rows, width), np.int64), nothing, nothing)
 
     def __getitem__(self, rows: np.ndarray) -> Guesses:
         """Of some rows."""
@@ -50,10 +50,11 @@ class Guesses:
 
     def with_none(self, rows: int) -> Guesses:
         """And for as many rows more, none."""
-        more = ((0, rows),)
-        return Guesses(
-            np.pad(self.tokens, (*more, (0, 0))), np.pad(self.counts, more), np.pad(self.matches, more)
-        )
+        if not rows:
+            return self
+        more = Guesses.none(rows, self.tokens.shape[1])
+        pairs = ((self.tokens, more.tokens), (self.counts, more.counts), (self.matches, more.matches))
+        return Guesses(*(np.concatenate(pair) for pair in pairs))
 
     def stood(self, drawn: np.ndarray) -> np.ndarray:
         """(R,) how many of each row's guesses, from the first, are what was drawn; drawn (N,) holds a row's draws one after

@@ -327,6 +327,9 @@ class Engine:
     def _draw_plain(self, rows: np.ndarray, guesses: Guesses, logits: torch.Tensor) -> None:
         """A draw counts if all guesses before it are what was drawn."""
         samples, each = self._samples, guesses.counts + 1
+        if not guesses.counts.any():
+            self._record(rows, _columns(self._sample(rows, samples.count[rows], logits)))
+            return
         row = np.repeat(rows, each)
         place = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
         drawn = self._sample(row, samples.count[row] + place, logits)
