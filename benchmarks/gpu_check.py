@@ -1,41 +1,62 @@
 """The Triton kernels on a GPU: right, the same bits whatever is beside a row, without races, and how fast, in 8 minutes.
 
-    bash scripts/gpu_check.sh [--out benchmarks/results] [--quick] [--only rows attention ...] [--minutes 8]
+    bash scripts/gpu_check.sh [--out benchmarks/results] [--quick] [--only rows attention ...] [--minutes 8] [--plan]
 
 Correctness is against the torch forms in float64 on the same device; bits are compared between batches, chunks, pages
-and decoding; times are medians of repetitions with the L2 cache written over between them, and shares are of a copy's
-bandwidth and a bf16 product's rate measured beforehand. Each family of operations (a file in benchmarks/gpu) has a process
-of its own: one that dies fails alone. What the time does not suffice for is named, and so is it where compute-sanitizer,
-which finds races, is not there. The table comes last. Ends with 1 if a check failed. Needs torch, triton and this source tree.
---quick uses small shapes and takes no times (on a CPU with TRITON_INTERPRET=1 too). Writes a file only with --out.
+and decoding; times are medians with the L2 cache written over before each call, of CUDA graphs where a call is short
+(`benchmarks.gpu.measure.time_ms`), and shares are of a copy's bandwidth and a bf16 product's rate measured beforehand.
+
+Each family of operations is a file in benchmarks/gpu. First every processor compiles kernels, then the checks of all
+families run at once, then their times one after another, then compute-sanitizer looks for races, each in a process of its
+own that is ended at its deadline: one that dies fails alone. What the time does not suffice for is named, and so is
+compute-sanitizer where it is not there. The table comes last. Ends with 1 if a check failed. Needs torch, triton and this
+source tree; the attention's plans are made with numpy, without which that family is left out and named.
+--quick uses small shapes and takes no times (on a CPU with TRITON_INTERPRET=1 too). --plan tells what would be done, on any
+machine. Writes a file only with --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, interpreter, matmul, quantized, rows, sampling
-from benchmarks.gpu.measure import DEVICE, Check, Timing, made, time_ms
+from benchmarks.gpu.measure import DEVICE, TOLERANCES, Check, Timing, made, time_ms
 from rlhf.kernels import gpu, native
 
-OPERATIONS = (rows, attention, matmul, sampling, quantized)
-FAMILIES = {module.__name__.rpartition(".")[2]: module for module in OPERATIONS}
-_FOR_CHECKS = 0.6  # of a family's time
-_FOR_RACES = 60.0  # seconds; the tool slows kernels down a hundred times
-_RACES = "races"
+FAMILIES = ("rows", "attention", "matmul", "sampling", "quantized")
+_WITH_NUMPY = {"attention"}  # what needs it
+MINUTES = 8.0
+TIMES_S = {"rows": 25.0, "attention": 50.0, "matmul": 40.0, "sampling": 15.0, "quantized": 20.0}
+DEADLINES_S = {  # what a step's processes have of the 8 minutes, their start included
+    "ceilings": 20.0,
+    "compile": 120.0,
+    "checks": 120.0,
+    **{f"times of {name}": seconds for name, seconds in TIMES_S.items()},
+    "races": 60.0,  # the tool slows kernels down a hundred times
+}
+_TO_FINISH = 0.9  # of its deadline, after which a process begins nothing more
+_FOUND_RACES = 99  # compute-sanitizer's exit status
+
+Found = list[dict[str, Any]]
+
+
+def family(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.gpu.{name}")
 
 
 def ceilings() -> dict[str, float]:
@@ -62,138 +83,216 @@ def table(found: list[Timing]) -> str:
     return "\n".join(lines)
 
 
-# -- one family, in a process of its own -----------------------------------------------------------------------------------
+# -- what a process does -----------------------------------------------------------------------------------------------
 
 
-def run_family(name: str, quick: bool, top: dict[str, float], seconds: float) -> Iterator[dict[str, Any]]:
-    """What the family found, one by one; an exception is a failed check."""
-    family, begun = FAMILIES[name], time.perf_counter()
+def compile_share(names: Sequence[str], share: int, of: int) -> Iterator[dict[str, Any]]:
+    """Compiles every `of`-th kernel of the families into Triton's cache, from which the other processes take them."""
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    JITFunction.run = lambda kernel, *args, grid, warmup, **options: launch(
+        kernel, *args, grid=grid, warmup=True, **options
+    )
+    number = -1
+    for name in names:
+        for dtype in TOLERANCES:
+            for operation, call in family(name).calls(dtype):
+                number += 1
+                if number % of != share:
+                    continue
+                try:
+                    call()
+                except Exception:
+                    said = traceback.format_exc(limit=-3)
+                    yield {"check": asdict(Check(f"{operation} {dtype} compiles", False, said))}
+
+
+def check_family(name: str, quick: bool) -> Iterator[dict[str, Any]]:
+    for check in family(name).checks(quick):
+        yield {"check": asdict(check)}
+
+
+def time_family(name: str, top: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    for timing in family(name).timings(top):
+        yield {"timing": asdict(timing)}
+
+
+def ceilings_found() -> Iterator[dict[str, Any]]:
+    yield {"top": ceilings()}
+
+
+def until(what: str, found: Iterator[dict[str, Any]], seconds: float) -> Iterator[dict[str, Any]]:
+    """What is found in so many seconds, one by one; an exception is a failed check."""
+    begun = time.perf_counter()
     try:
-        for check in family.checks(quick):
-            yield {"check": asdict(check)}
-            if time.perf_counter() - begun > seconds * (_FOR_CHECKS if top else 1.0):
-                yield {"left_out": f"{name}: checks after {check.name}"}
-                break
-        for timing in family.timings(top) if top else ():
-            yield {"timing": asdict(timing)}
+        for one in found:
+            yield one
             if time.perf_counter() - begun > seconds:
-                yield {"left_out": f"{name}: times after {timing.name} {timing.shape}"}
-                break
+                last = (one.get("check") or one.get("timing") or {"name": ""})["name"]
+                yield {"left_out": f"{what}: what comes after {last}"}
+                return
     except Exception:
-        yield {"check": asdict(Check(f"{name} runs", False, traceback.format_exc(limit=-3)))}
+        yield {"check": asdict(Check(f"{what} runs", False, traceback.format_exc(limit=-3)))}
 
 
 def use_the_interpreter() -> None:
+    from benchmarks.gpu import interpreter
+
     native.library = lambda name: None
     gpu.serves = interpreter.serves
     interpreter.mend()
 
 
+def do(job: dict[str, Any]) -> None:
+    """One process's job, as `main` gave it, a line for each thing that it finds."""
+    if DEVICE == "cpu":
+        use_the_interpreter()
+    what, seconds, name = job["what"], job["seconds"], job.get("family", "")
+    jobs: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "ceilings": ceilings_found,
+        "compile": lambda: compile_share(job["families"], job["share"], job["of"]),
+        "checks": lambda: check_family(name, job["quick"]),
+        "times": lambda: time_family(name, job["top"]),
+    }
+    for one in until(f"{name} {what}".strip(), jobs[what](), seconds * _TO_FINISH):
+        print(json.dumps(one), flush=True)
+
+
 # -- all of them -----------------------------------------------------------------------------------------------------------
 
 
-def in_own_process(
-    name: str, args: argparse.Namespace, top: dict[str, float], seconds: float
-) -> Iterator[dict[str, Any]]:
-    command = [
-        sys.executable,
-        __file__,
-        "--family",
-        name,
-        "--top",
-        json.dumps(top),
-        "--seconds",
-        str(seconds),
-    ]
-    command += ["--quick"] * args.quick
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
+def at_once(jobs: Sequence[dict[str, Any]], seconds: float, tool: Sequence[str] = ()) -> Found:
+    """What processes find, one for each job, that run side by side and are ended after so many seconds."""
+    running, end = [], time.perf_counter() + seconds
+    for job in jobs:
+        output = tempfile.TemporaryFile("w+")
+        command = [*tool, sys.executable, __file__, "--job", json.dumps(job | {"seconds": seconds})]
+        running.append((job, output, subprocess.Popen(command, stdout=output, text=True)))
+    found: Found = []
+    for job, output, process in running:
+        name = f"{job.get('family', '')} {job['what']}".strip()
+        try:
+            process.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            found.append({"left_out": f"{name}: not done in {seconds:.0f} s"})
+        else:
+            found += _ended(name, process.returncode, bool(tool))
+        output.seek(0)
+        for line in output:
             if line.startswith("{"):
-                yield json.loads(line)
+                found.append(json.loads(line))
+            elif tool and "=========" in line:
+                found.append({"said": f"{name}: {line.strip()}"})
             else:
-                print(line, end="", flush=True)
-    if process.returncode:
-        yield {"check": asdict(Check(f"{name} ends", False, f"its process ended with {process.returncode}"))}
+                print(line, end="")
+        output.close()
+    for one in found:
+        check = one.get("check")
+        if check and not check["passed"]:
+            print(f"FAILED {check['name']}: {check['said']}", flush=True)
+    return found
 
 
-def races(name: str) -> Iterator[dict[str, Any]]:
-    """The family's quick checks under compute-sanitizer's racecheck."""
+def _ended(name: str, status: int, under_tool: bool) -> Found:
+    if under_tool:
+        return [
+            {"check": asdict(Check(f"{name}, races", status != _FOUND_RACES, "compute-sanitizer found some"))}
+        ]
+    if status:
+        return [{"check": asdict(Check(f"{name} ends", False, f"its process ended with {status}"))}]
+    return []
+
+
+def races(names: Sequence[str], seconds: float) -> Found:
+    """The families' quick checks under compute-sanitizer's racecheck."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        yield {"left_out": f"{name}: races, there is no compute-sanitizer here"}
-        return
-    command = [
-        tool,
-        "--tool",
-        "racecheck",
-        "--error-exitcode",
-        "99",
-        sys.executable,
-        __file__,
-        "--family",
-        name,
-    ]
-    command += ["--quick", "--seconds", str(_FOR_RACES / 2)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_FOR_RACES, check=False)
-    except subprocess.TimeoutExpired:
-        yield {"left_out": f"{name}: races, not done in {_FOR_RACES:.0f} s"}
-        return
-    said = [line for line in done.stdout.splitlines() if "=========" in line][-3:]
-    yield {"check": asdict(Check(f"{name} {_RACES}", done.returncode != 99, " ".join(said)))}
+        return [{"left_out": "races: there is no compute-sanitizer here"}]
+    watch = [tool, "--tool", "racecheck", "--error-exitcode", str(_FOUND_RACES)]
+    jobs = [{"what": "checks", "family": name, "quick": True} for name in names]
+    found = at_once(jobs, seconds, watch)
+    return [one for one in found if "check" not in one or one["check"]["name"].endswith("races")]
+
+
+def plan(names: Sequence[str], minutes: float) -> str:
+    """What would be done: a line for each family and each step."""
+    from benchmarks.kernel_resources import caught
+
+    lines = ["| family | calls that are compiled first | kernels |", "|---|---|---|"]
+    for name in names:
+        calls = [call for dtype in TOLERANCES for _, call in family(name).calls(dtype)]
+        with caught() as launches:
+            for call in calls:
+                call()
+        lines.append(f"| {name} | {len(calls)} | {len({launch.key for launch in launches})} |")
+    scale = minutes / MINUTES
+    lines += ["", "| step | deadline, s |", "|---|---|"]
+    lines += [f"| {step} | {scale * seconds:.0f} |" for step, seconds in DEADLINES_S.items()]
+    return "\n".join([*lines, f"| all | {scale * sum(DEADLINES_S.values()):.0f} |"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="small shapes, no times")
-    parser.add_argument(
-        "--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families to check"
-    )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
-    for name, default in (
-        ("--family", None),
-        ("--top", "{}"),
-        ("--seconds", "1e9"),
-    ):  # what main tells its processes
-        parser.add_argument(name, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to check")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)  # what main tells its processes
     args = parser.parse_args()
-    if DEVICE == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1" or not args.quick:
-            sys.exit(
-                "no CUDA device here; TRITON_INTERPRET=1 with --quick runs the checks in Triton's interpreter"
-            )
-        use_the_interpreter()
-    if args.family is not None:
-        for found in run_family(args.family, args.quick, json.loads(args.top), float(args.seconds)):
-            print(json.dumps(found), flush=True)
+    if args.plan:
+        print(plan(args.only, args.minutes))
+        return
+    if DEVICE == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or not args.quick and args.job is None):
+        sys.exit(
+            "no CUDA device here; TRITON_INTERPRET=1 with --quick runs the checks in Triton's interpreter"
+        )
+    if args.job is not None:
+        do(args.job)
         return
     sys.exit(run_all(args))
 
 
 def run_all(args: argparse.Namespace) -> bool:
     """Whether a check failed."""
-    end = time.perf_counter() + 60 * args.minutes
-    top = ceilings() if DEVICE == "cuda" and not args.quick else {}
-    found: list[dict[str, Any]] = []
-    for i, name in enumerate(args.only):
-        share = (end - time.perf_counter()) / (len(args.only) - i)
-        for one in in_own_process(name, args, top, share):
-            found.append(one)
-            check = one.get("check")
-            if check and not check["passed"]:
-                print(f"FAILED {check['name']}: {check['said']}", flush=True)
-    for name in args.only if DEVICE == "cuda" else ():
-        if time.perf_counter() + _FOR_RACES < end:
-            found += races(name)
-        else:
-            found.append({"left_out": f"{name}: races, no time left"})
+    seconds = {step: deadline * args.minutes / MINUTES for step, deadline in DEADLINES_S.items()}
+    found: Found = []
+    names = [name for name in args.only if name not in _WITH_NUMPY or importlib.util.find_spec("numpy")]
+    for name in set(args.only) - set(names):
+        found.append({"left_out": f"{name}: there is no numpy here; pip install numpy"})
+    if DEVICE == "cuda":
+        workers = os.cpu_count() or 1
+        shares = [{"what": "compile", "families": names, "share": i, "of": workers} for i in range(workers)]
+        found += at_once(shares, seconds["compile"])
+    checks_of = [{"what": "checks", "family": name, "quick": args.quick} for name in names]
+    found += at_once(checks_of, seconds["checks"])
+    top: dict[str, float] = {}
+    if DEVICE == "cuda" and not args.quick:
+        found += at_once([{"what": "ceilings"}], seconds["ceilings"])
+        top = next((one["top"] for one in found if "top" in one), top)
+        for name in names if top else ():
+            found += at_once([{"what": "times", "family": name, "top": top}], seconds[f"times of {name}"])
+    if DEVICE == "cuda":
+        found += races(names, seconds["races"])
+    return report(args.out, top, found)
+
+
+def report(out: Path | None, top: dict[str, float], found: Found) -> bool:
+    """Prints what was found, the table last; whether a check failed."""
     checks = [one["check"] for one in found if "check" in one]
     times = [Timing(**one["timing"]) for one in found if "timing" in one]
     left_out = [one["left_out"] for one in found if "left_out" in one]
     failed = [c for c in checks if not c["passed"]]
-    if args.out is not None and DEVICE == "cuda":
-        write(args.out, top, checks, times, left_out)
+    if out is not None and DEVICE == "cuda":
+        write(out, top, checks, times, left_out)
+    for one in found:
+        if "said" in one:
+            print(one["said"])
+    for check in failed:
+        print(f"failed: {check['name']}: {check['said'].splitlines()[-1] if check['said'] else ''}")
     for name in left_out:
         print(f"left out: {name}")
     if top:

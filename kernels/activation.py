@@ -1,10 +1,10 @@
-"""SiLU, tanh-GELU, SwiGLU and GeGLU whose values do not depend on where in a tensor an element lies.
+"""SiLU, GELU, SwiGLU and GeGLU whose values do not depend on where in a tensor an element lies.
 
 torch's fused CPU kernels round the last few elements of a thread's share differently from the rest, so a
-row's result depends on how many rows there are. Here they are composed of operations that do not (exp and
-tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
-remainder, and on CUDA, the fused kernels run. The backward is always the fused one. SwiGLU has a form in C++,
-activation.cpp, and both have one in Triton, activation_triton.py; they keep nothing but its two inputs for the backward.
+row's result depends on how many rows there are. Here they are composed of operations that do not (exp, erf
+and tanh through the vector mathematics library, exact arithmetic otherwise). Where the width leaves no such
+remainder, and on CUDA, the fused kernels run. The backward is always the fused one. SwiGLU and GeGLU have a form in C++,
+activation.cpp, and one in Triton, activation_triton.py; they keep nothing but their two inputs for the backward.
 """
 
 from __future__ import annotations
@@ -17,50 +17,70 @@ import torch.nn.functional as F
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.layout import wide
 from rlhf.kernels.threads import serial, worth
 
 _VECTOR = 64  # elements that a fused kernel takes in one turn of its loop, at most
+_SILU, _GELU_TANH, _GELU = range(3)  # as activation.cpp counts them
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x / (1 + exp(-x)), any shape and float dtype, differentiable."""
+    took("activation", TORCH)
     if _has_no_remainder(x):
         return F.silu(x)
     return _Silu.apply(x) if torch.is_grad_enabled() and x.requires_grad else _silu(x)
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x/2 (1 + erf(x / sqrt(2))), any shape and float dtype, differentiable. Hendrycks and Gimpel 2016, arXiv 1606.08415."""
+    took("activation", TORCH)
+    if not x.is_cpu:  # there torch's own rounds a tensor with gaps in another way
+        return F.gelu(x)
+    return _Gelu.apply(x, "none") if torch.is_grad_enabled() and x.requires_grad else _gelu(x)
+
+
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape and float dtype, differentiable."""
+    took("activation", TORCH)
     if _has_no_remainder(x):
         return F.gelu(x, approximate="tanh")
-    return _GeluTanh.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gelu_tanh(x)
+    return _Gelu.apply(x, "tanh") if torch.is_grad_enabled() and x.requires_grad else _gelu_tanh(x)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
-    _check_alike(gate, up)
+    return _gated(gate, up, _SILU)
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> torch.Tensor:
+    """gelu_tanh(gate) * up, or with tanh=False gelu(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer
+    2020, arXiv 2002.05202."""
+    return _gated(gate, up, _GELU_TANH if tanh else _GELU)
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch.Tensor:
+    shape = gate.shape
+    if shape != up.shape:
+        raise ValueError(f"gate {tuple(shape)} and up {tuple(up.shape)} must have the same shape")
     needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if native.serves("activation", gate.shape[-1], gate, up):
-        return _SwiGLU.apply(gate, up) if needs_grad else _swiglu_native(gate, up)
+    if native.serves("activation", shape[-1], gate, up):
+        took("gated activation", NATIVE)
+        return _Native.apply(gate, up, activation) if needs_grad else _native(gate, up, activation, shape)
+    if gate.dtype != up.dtype or gate.device != up.device:
+        same = tuple(shape)
+        kinds = f"gate {same} {gate.dtype} on {gate.device}, up {same} {up.dtype} on {up.device}"
+        raise ValueError(f"{kinds}: they must have one dtype and lie on one device")
     if gpu.serves(gate, up):
-        return _Gated.apply(gate, up, False)
+        took("gated activation", TRITON)
+        return _Triton.apply(gate, up, activation)
+    took("gated activation", TORCH)
+    hidden = (silu, gelu_tanh, gelu)[activation](gate)
     if needs_grad:
-        return silu(gate) * up
-    hidden = silu(gate)
+        return hidden * up
     with serial(hidden.numel()):
         return hidden.mul_(up)
-
-
-def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gelu_tanh(gate) * up: both (..., I) -> (..., I), differentiable in both. Shazeer 2020, arXiv 2002.05202."""
-    _check_alike(gate, up)
-    return _Gated.apply(gate, up, True) if gpu.serves(gate, up) else gelu_tanh(gate) * up
-
-
-def _check_alike(gate: torch.Tensor, up: torch.Tensor) -> None:
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -69,24 +89,29 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _swiglu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up, layout = _layout(gate, up)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
-    native.function("activation", "swiglu_forward", "pppiiiiii")(
-        gate.data_ptr(), up.data_ptr(), out.data_ptr(), *layout
+def _native(gate: torch.Tensor, up: torch.Tensor, activation: int, shape: torch.Size) -> torch.Tensor:
+    gate, up, layout = _layout(gate, up, shape[-1])
+    out = gate.new_empty(*shape)
+    native.function("activation", "gated_forward")(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), activation, *layout
     )
     return out
 
 
-def _layout(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+def _layout(
+    gate: torch.Tensor, up: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """Both with rows that activation.cpp can step through, and what it wants to know of them."""
-    width, count = gate.shape[-1], gate.numel()
+    count, is_bf16 = gate.numel(), gate.dtype is torch.bfloat16
+    threads = worth(count)
+    if threads == 1 and gate.is_contiguous() and up.is_contiguous():
+        return gate, up, (is_bf16, 1, 1, count, count, count)  # one row, as long as all of them
     of_gate, of_up = _row_step(gate), _row_step(up)
     if of_gate is None:
         gate, of_gate = gate.contiguous(), width
     if of_up is None:
         up, of_up = up.contiguous(), width
-    return gate, up, (count // width, width, of_gate, of_up, gate.dtype == torch.bfloat16, worth(count))
+    return gate, up, (is_bf16, threads, count // width, width, of_gate, of_up)
 
 
 def _row_step(x: torch.Tensor) -> int | None:
@@ -99,34 +124,32 @@ def _row_step(x: torch.Tensor) -> int | None:
     return step
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu_native(gate, up)
+        ctx.activation = activation
+        return _native(gate, up, activation, gate.shape)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up, layout = _layout(*ctx.saved_tensors)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, layout = _layout(*ctx.saved_tensors, grad.shape[-1])
         grad = grad.contiguous()
-        to_gate, to_up = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (gate, up))
-        native.function("activation", "swiglu_backward", "pppppiiiiii")(
-            *(x.data_ptr() for x in (gate, up, grad, to_gate, to_up)), *layout
-        )
-        return to_gate, to_up
+        to_gate, to_up = (x.new_empty(x.shape) for x in (gate, up))
+        given = (x.data_ptr() for x in (gate, up, grad, to_gate, to_up))
+        native.function("activation", "gated_backward")(*given, ctx.activation, *layout)
+        return to_gate, to_up, None
 
 
-class _Gated(torch.autograd.Function):
-    """SwiGLU or GeGLU in Triton."""
-
+class _Triton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch.Tensor:
         from rlhf.kernels import activation_triton
 
         ctx.save_for_backward(gate, up)
-        ctx.gelu = gelu
-        return activation_triton.gated(_rows(gate), _rows(up), gelu=gelu).view(gate.shape)
+        ctx.kind = {"gelu": activation != _SILU, "erf": activation == _GELU}
+        return activation_triton.gated(_rows(gate), _rows(up), **ctx.kind).view(gate.shape)
 
     @staticmethod
     @first_order
@@ -134,7 +157,7 @@ class _Gated(torch.autograd.Function):
         from rlhf.kernels import activation_triton
 
         gate, up = ctx.saved_tensors
-        found = activation_triton.gradients(_rows(gate), _rows(up), grad.contiguous(), gelu=ctx.gelu)
+        found = activation_triton.gradients(_rows(gate), _rows(up), grad.contiguous(), **ctx.kind)
         return *(d.view(gate.shape) for d in found), None
 
 
@@ -148,6 +171,11 @@ def _has_no_remainder(x: torch.Tensor) -> bool:
 def _silu(x: torch.Tensor) -> torch.Tensor:
     x_wide = wide(x)
     return x_wide.div(x_wide.neg().exp_().add_(1)).to(x.dtype)
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    x_wide = wide(x)
+    return x_wide.mul(math.sqrt(0.5)).erf_().add_(1).mul_(x_wide).mul_(0.5).to(x.dtype)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -168,12 +196,13 @@ class _Silu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
 
 
-class _GeluTanh(torch.autograd.Function):
+class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, approximate: str) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return _gelu_tanh(x)
+        ctx.approximate = approximate
+        return _gelu_tanh(x) if approximate == "tanh" else _gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.gelu_backward(grad, *ctx.saved_tensors, approximate="tanh")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.ops.aten.gelu_backward(grad, *ctx.saved_tensors, approximate=ctx.approximate), None

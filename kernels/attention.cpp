@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "builtin.h"
 #include "lanes.h"
 
 namespace {
@@ -717,3 +718,6 @@ void write_quantised(const void* from, const int64_t* rows, void* to, float* sca
   else write(wide, int8);
 }
 }
+
+BUILTIN(write_rows)
+BUILTIN(write_quantised)

@@ -30,6 +30,7 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.kv import PAGE_STEP, QUANTISED, KvScales, as_bytes, check_pages
 from rlhf.kernels.layout import compute_dtype, heads_together, wide
 from rlhf.kernels.threads import serial
@@ -155,13 +156,21 @@ class Plan:
             raise ValueError(
                 "every sequence needs at least one query and a context that ends with its queries"
             )
+        if num_repeats < 0 or num_repeats and not self.num_tokens:
+            raise ValueError(f"num_repeats={num_repeats} copies of the last of {self.num_tokens} tokens")
         self.block = block
         self.block_mask = None if block_mask is None else self._checked(block_mask)
         if self.prefix_starts is not None:
             if self.page_table is not None:
                 raise ValueError("prefix_starts and page_table both say where a context begins; give one")
-            if (self.prefix_starts + self.context_lens - self.query_lens > self.starts).any():
-                raise ValueError("a prefix must lie before the sequence that goes on from it")
+            before = self.context_lens - self.query_lens
+            if (self.prefix_starts + before > self.starts).any() or (
+                self.prefix_starts[before > 0] < 0
+            ).any():
+                raise ValueError(
+                    f"prefix_starts {self.prefix_starts.tolist()} of {before.tolist()} tokens each: a prefix must lie before the "
+                    f"sequence that goes on from it, which begin at {self.starts.tolist()}"
+                )
         elif self.page_table is None:
             if (self.context_lens != self.query_lens).any():
                 raise ValueError("a context longer than its queries needs a page_table or prefix_starts")
@@ -355,6 +364,17 @@ def _ints(values: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
     return numbers.astype(np.int64, order="C")
 
 
+def _lengths(name: str, starts: Sequence[int] | np.ndarray | torch.Tensor, q: torch.Tensor) -> np.ndarray:
+    """(S,) from where sequences begin in q (N, Hq, D), and N after them. Raises ValueError."""
+    ints = _ints(starts)
+    if ints.ndim != 1 or not len(ints) or ints[0] or ints[-1] != len(q) or (np.diff(ints) < 1).any():
+        raise ValueError(
+            f"{name} {ints.shape} {ints.tolist()} for q {tuple(q.shape)}: (S + 1,) numbers that begin with 0, increase, and end "
+            f"with {len(q)}"
+        )
+    return np.diff(ints)
+
+
 def counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """0 counts[0] times, 1 counts[1] times ...; and how many of the same were before."""
     which = np.repeat(np.arange(len(counts)), counts)
@@ -438,9 +458,10 @@ def packed_attention(
 
     q (N, Hq, D), k (N, Hkv, D), v (N, Hkv, Dv) -> (N, Hq, Dv). scores = softcap * tanh(scale * q k / softcap)
     where softcap is set; a query sees the last `window` positions, itself included; `sinks` (Hq,) are logits
-    of an extra key with no value.
+    of an extra key with no value. A key or value that is not finite reaches the rows that see it, which are then not finite
+    either, and no others; gradients of its whole sequence may be NaN.
     """
-    lens = np.diff(_ints(cu_seqlens))
+    lens = _lengths("cu_seqlens", cu_seqlens, q)
     return attend_packed(
         q, k, v, Plan(lens, lens, device=q.device), scale=scale, window=window, softcap=softcap, sinks=sinks
     )
@@ -504,7 +525,7 @@ def paged_attention(
     if k_pages.dim() != 4:
         raise ValueError(f"k_pages {tuple(k_pages.shape)} must be (P, Hkv, page, D)")
     plan = Plan(
-        np.diff(_ints(query_starts)),
+        _lengths("query_starts", query_starts, q),
         context_lens,
         page_table=page_table,
         page_tokens=k_pages.shape[2],
@@ -685,6 +706,7 @@ def _attend(
     kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """q a table of rows of D; k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N*Hq, Dv). No gradient."""
+    took("attention", TORCH)
     k_scales, v_scales = kv_scales or (None, None)
     heads, v_dim = k.shape[1], v.shape[-1]
     dtype, device, dim = compute_dtype(q_rows.dtype), q_rows.device, q_rows.shape[-1]
@@ -699,7 +721,7 @@ def _attend(
         probs = _probs(scores, sinks, block, _scratch("probs", scores.shape, dtype, device))
         vb = _gather_keys(v, v_scales, block, batch)
         out = out.view(batch, rows, v_dim)
-        _weighted_values(probs, vb, out)
+        _weighted_values(probs, vb, out, block, heads)
         if block.has_blind and block.padding is not None:
             out *= block.padding
     with serial(flat.numel()):
@@ -794,6 +816,7 @@ def _attend_native(
     kv_scales: KvScales | None = None,
 ) -> torch.Tensor:
     """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D) -> (N', Hq, D). No gradient."""
+    took("attention", NATIVE)
     out = torch.empty(q.shape, **_FP32)
     scales = {} if kv_scales is None else {"k_scales": kv_scales[0], "v_scales": kv_scales[1]}
     _run("attention_forward", _call(q, k, v, sinks, plan, scale, window, out=out, **scales))
@@ -845,6 +868,7 @@ def _attend_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The result; and without `share_out` what the backward wants to know of every row's sum. `options`: scale, window,
     softcap and sinks."""
+    took("attention", TRITON)
     from rlhf.kernels import attention_triton
 
     if plan.page_table is None:
@@ -888,7 +912,16 @@ def _scores(
             torch.add(block.make_mask(), by_head, alpha=scale, out=by_head)
     else:
         by_head.mul_(scale / softcap).tanh_().mul_(softcap).add_(block.make_mask())
+    if _not_finite(k) is not None:  # what is not finite stays so whatever is added
+        by_head.masked_fill_(block.make_mask() < 0, _MASKED)
     return scores
+
+
+def _not_finite(x: torch.Tensor) -> torch.Tensor | None:
+    """(S*Hkv, L) bool, which keys or values (S*Hkv, L, D) hold a number that is not finite; None where none does. On a
+    GPU it waits for the device."""
+    with serial(x.numel()):
+        return None if torch.isfinite(x.sum()) else ~torch.isfinite(x).all(-1)
 
 
 def _probs(
@@ -908,13 +941,22 @@ def _probs(
     return torch.softmax(torch.cat([front, scores], -1), -1)
 
 
-def _weighted_values(probs: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-    """(S*Hkv, R*G, L) x (S*Hkv, L, Dv) -> out (S*Hkv, R*G, Dv), tile after tile."""
-    num_keys = v.shape[1]
+def _weighted_values(
+    probs: torch.Tensor, v: torch.Tensor, out: torch.Tensor, block: Block, heads: int
+) -> None:
+    """(S*Hkv, R*G, L) x (S*Hkv, L, Dv) -> out (S*Hkv, R*G, Dv), tile after tile. Of values that are not finite, the rows
+    that see one are NaN and the others as if it were 0: 0 times infinity is none."""
+    num_keys, wrong = v.shape[1], _not_finite(v)
+    if wrong is not None:
+        v = v.masked_fill(wrong[..., None], 0.0)
     probs = probs[..., probs.shape[-1] - num_keys :]
     torch.bmm(probs[..., :TILE], v[:, :TILE], out=out)
     for start in range(TILE, num_keys, TILE):
         out.baddbmm_(probs[..., start : start + TILE], v[:, start : start + TILE])
+    if wrong is not None:
+        of_piece = wrong.view(block.num_pieces, heads, 1, 1, num_keys)
+        sees = ((block.make_mask() == 0) & of_piece).any(-1, keepdim=True)
+        out.view(block.num_pieces, heads, block.num_queries, -1, out.shape[-1]).masked_fill_(sees, torch.nan)
 
 
 class _PackedAttention(torch.autograd.Function):

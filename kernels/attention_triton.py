@@ -2,10 +2,11 @@
 
 A context is cut into segments of 512 absolute positions. Each is reduced by itself to a maximum, a sum and a weighted sum
 of values, and segments are merged in their order by one formula: in a program's registers where it walks the whole
-context, in `_merged` where programs took a segment each (decode has too few rows to fill a GPU otherwise). A tile that a
-row does not see changes nothing of it, exactly; what a block mask hides is in no program's work. The backward recomputes
-probabilities from each row's logarithm of the sum (Dao 2023, arXiv 2307.08691); every gradient is added up by one program,
-in one order.
+context, in `_join` where programs took a segment each: sequences of few queries, which fill no GPU otherwise, also beside
+longer ones in a plan. A tile that a row does not see changes nothing of it, exactly, whatever is in it: values that are not
+finite are taken out of tiles that some rows see less of than others. What a block mask hides is in no program's work. The
+backward recomputes probabilities from each row's logarithm of the sum (Dao 2023, arXiv 2307.08691); every gradient is added
+up by one program, in one order.
 
 Rows of a tile are queries x the heads that share a key head; prefill's tiles have twice the rows and twice the warps of
 decode's, so that a warp's rows, its instructions and their order are the same. Fusing of products and sums is left to no
@@ -16,8 +17,8 @@ scales go onto scores and probabilities, and in fp32 onto the numbers. Not here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +26,15 @@ import triton
 import triton.language as tl
 
 from rlhf.kernels.attention import TILE, Plan, counted
+from rlhf.kernels.gpu import launch, token_step
 
 SEGMENT = 512
 _STAGES = 3
-_BACKWARD_WARPS = 8
+_BACKWARD_WARPS, _BACKWARD_STAGES = 8, 2
 _FEW_QUERIES = 8  # of a sequence: then segments are shared out
 _NATIVE_FP8 = (8, 9)  # the first GPUs that convert e4m3; others take its bits apart
 _LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
 
 
 # -- in all kernels ------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tile(
-    m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
+    m, total, acc, q, position, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
     kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ALL: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -155,7 +158,10 @@ def _tile(
             of_key = scale * k_scale[None, :]
     s, _ = _scores(q, kt, of_key, softcap, SOFTCAP)
     if not ALL:
-        seen = there[None, :] & valid[:, None] & _sees(at[None, :], position[:, None], window, WINDOW)
+        last = tl.minimum(position, end - 1)
+        seen = at[None, :] <= last[:, None]
+        if WINDOW:
+            seen &= at[None, :] > (position - window)[:, None]
         s = tl.where(seen, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -163,6 +169,22 @@ def _tile(
     old = tl.exp2(m - safe)
     total = tl.fma(total, old, tl.sum(p, 1))
     values = tl.load(v + v_at[:, None] + dv[None, :], mask=v_inside, other=0.0)
+    if not ALL:
+        # 0 times a value that is not finite is no 0: it is taken out, and the sum of every row that sees it made NaN
+        if SCALED:
+            wrong = tl.where(tl.abs(v_scale) < _INF, 0, 1)
+            v_scale = tl.where(wrong == 0, v_scale, 0.0)
+        else:
+            finite = tl.abs(values) < _INF
+            wrong = tl.max(tl.where(finite, 0, 1), 1)
+            values = tl.where(finite, values, tl.zeros_like(values))
+        if WINDOW == 1:  # it may lie between two
+            sees_wrong = tl.max(tl.where(seen, wrong[None, :], 0), 1) > 0
+        else:
+            sees_wrong = tl.min(tl.where(wrong > 0, at, end), 0) <= last
+            if WINDOW:
+                sees_wrong &= tl.max(tl.where(wrong > 0, at, -1), 0) > position - window
+        total = tl.where(sees_wrong, float("nan"), total)
     if SCALED:
         if q.dtype == tl.float32:
             values = _numbers(values, tl.float32) * v_scale[:, None]
@@ -175,7 +197,7 @@ def _tile(
 
 @triton.jit
 def _segment(
-    q, low, position, valid, start, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token, kv_heads,
+    q, low, position, start, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token, kv_heads,
     kv_head, dim, v_dim, scale, softcap, window, PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -189,13 +211,13 @@ def _segment(
         rest = start + tl.maximum(tl.minimum(end, low + 1) - start, 0) // KEYS * KEYS
         for first in range(start, rest, KEYS):
             m, total, acc = _tile(
-                m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width,
+                m, total, acc, q, position, first, end, k, v, k_scales, v_scales, seq, page_table, table_width,
                 k_token, v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP,
                 WINDOW, True, KEYS, DIM, V_DIM,
             )  # fmt: skip
     for first in range(rest, end, KEYS):
         m, total, acc = _tile(
-            m, total, acc, q, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
+            m, total, acc, q, position, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
             v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, False,
             KEYS, DIM, V_DIM,
         )  # fmt: skip
@@ -224,7 +246,7 @@ def _forward(
     a = tl.load(q + q_at[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0)
     if SPLIT:
         m, total, acc = _segment(
-            a, low, position, valid, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
+            a, low, position, first, end, k, v, k_scales, v_scales, seq, page_table, table_width, k_token, v_token,
             kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, ROWS, KEYS, DIM,
             V_DIM,
         )  # fmt: skip
@@ -241,7 +263,7 @@ def _forward(
                 start = first + n * SEGMENT
                 stop = tl.minimum(start + SEGMENT, end)
             m_one, total_one, acc_one = _segment(
-                a, low, position, valid, start, stop, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
+                a, low, position, start, stop, k, v, k_scales, v_scales, seq, page_table, table_width, k_token,
                 v_token, kv_heads, kv_head, dim, v_dim, scale, softcap, window, PAGED, PAGE, SCALED, SOFTCAP, WINDOW, ROWS,
                 KEYS, DIM, V_DIM,
             )  # fmt: skip
@@ -332,8 +354,8 @@ def _grad_q(
 def _grad_kv(
     q, k, v, grad, logs, delta, grad_k, grad_v, blocks, readers, seqs, q_token, k_token, v_token, heads, kv_heads,
     dim, v_dim, scale, softcap, window,
-    LISTED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, V_DIM: tl.constexpr,
+    OF_K: tl.constexpr, OF_V: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     block = blocks + tl.program_id(0) * 4
     kv_head = tl.program_id(1)
@@ -388,38 +410,51 @@ def _grad_kv(
             s, slope = _scores(b, tl.trans(a), scale, softcap, SOFTCAP)
             seen = seen_key[:, None] & valid[None, :] & _sees(at[:, None], position[None, :], window, WINDOW)
             p = tl.where(seen, tl.exp2(s - log[None, :]), 0.0)
-            total_v = tl.dot(p.to(g.dtype), g, total_v, input_precision="ieee")
-            ds = p * (tl.dot(c, tl.trans(g), input_precision="ieee") - less[None, :]) * slope
-            total_k = tl.dot(ds.to(a.dtype), a, total_k, input_precision="ieee")
+            if OF_V:
+                total_v = tl.dot(p.to(g.dtype), g, total_v, input_precision="ieee")
+            if OF_K:
+                ds = p * (tl.dot(c, tl.trans(g), input_precision="ieee") - less[None, :]) * slope
+                total_k = tl.dot(ds.to(a.dtype), a, total_k, input_precision="ieee")
     k_to, v_to = (key_row * kv_heads + kv_head) * dim, (key_row * kv_heads + kv_head) * v_dim
-    tl.store(
-        grad_k + k_to[:, None] + d[None, :], (total_k * scale).to(grad_k.dtype.element_ty), mask=k_inside
-    )
-    tl.store(grad_v + v_to[:, None] + dv[None, :], total_v.to(grad_v.dtype.element_ty), mask=v_inside)
+    if OF_K:
+        tl.store(
+            grad_k + k_to[:, None] + d[None, :], (total_k * scale).to(grad_k.dtype.element_ty), mask=k_inside
+        )
+    if OF_V:
+        tl.store(grad_v + v_to[:, None] + dv[None, :], total_v.to(grad_v.dtype.element_ty), mask=v_inside)
 
 
 # -- what the programs do --------------------------------------------------------------------------------------------------
 
 
+# of a plan's sequences: those of at most _FEW_QUERIES queries, the others
+Members = Literal["all", "few", "many"]
+
+
 @dataclass(frozen=True)
 class Work:
-    """A plan cut into programs, int32 on the device."""
+    """Queries of a plan cut into programs, int32 on the device.
 
-    items: (
-        torch.Tensor
-    )  # (n, 8): token, queries, position, sequence, first key, end of keys, first part, end of parts
-    shares: (
-        torch.Tensor | None
-    )  # (parts, 8) the same for one segment each; None = an item walks its context alone
-    seqs: torch.Tensor  # (S, 8): first query, its position, prefix, context, row of the page table
-    page_table: torch.Tensor  # (S, pages)
-    key_blocks: torch.Tensor | None  # (b, 4): token, keys, first reader, end of readers; without pages
-    readers: (
-        torch.Tensor | None
-    )  # sequences that read the keys of a block; with a block mask (r, 3): and which queries
-    ranges: (
-        torch.Tensor | None
-    )  # (g, 2) first key and end, each in one segment: then items' keys are numbers of these
+    items (n, 8): token, queries, position, sequence, first key, end of keys, first part, end of parts. shares (parts, 8): the
+    same for one segment each; None = an item walks its context alone. ranges (g, 2): first key and end, each in one segment;
+    then items' keys are numbers of these.
+    """
+
+    items: torch.Tensor
+    shares: torch.Tensor | None
+    ranges: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class KeyWork:
+    """The keys of a pack cut into programs, int32 on the device.
+
+    blocks (b, 4): token, keys, first reader, end of readers. readers (r,): sequences that read a block's keys; with a block
+    mask (r, 3): and which queries.
+    """
+
+    blocks: torch.Tensor
+    readers: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -444,18 +479,48 @@ def tile_of(dtype: torch.dtype, dim: int, v_dim: int, group: int, *, many: bool 
     return Tile(max(rows, triton.next_power_of_2(group)), keys, dim, v_dim, warps)
 
 
-def work_of(plan: Plan, group: int, window: int | None, tile: Tile) -> Work:
-    """The work of a plan, made once for all layers."""
-    key = ("triton", group, window, tile.rows, tile.keys)
+def backward_tiles(dtype: torch.dtype, dim: int, v_dim: int, group: int) -> tuple[Tile, Tile]:
+    """For gradients of queries, and of keys and values: functions of dtype and sizes alone. Hopper's products want 64 keys
+    or queries at least; wide heads' sums over so many keys leave room for few queries."""
+    tile = replace(tile_of(dtype, dim, v_dim, group), warps=_BACKWARD_WARPS)
+    return tile, replace(tile, rows=32, keys=64) if _is_wide(dtype, tile) else tile
+
+
+def _is_wide(dtype: torch.dtype, tile: Tile) -> bool:
+    return dtype != torch.float32 and max(tile.dim, tile.v_dim) > 128
+
+
+def work_of(
+    plan: Plan, group: int, window: int | None, tile: Tile, members: Members = "all", *, shared: bool = False
+) -> Work:
+    """The work of some of a plan's sequences, made once for all layers; `shared`: a segment a program."""
+    key = ("triton", group, window, tile.rows, members, shared)
     if key not in plan.made:
-        plan.made[key] = _make_work(plan, tile.rows // group, window, tile.keys)
+        plan.made[key] = _make_work(plan, tile.rows // group, window, members, shared)
     return plan.made[key]
 
 
-def _make_work(plan: Plan, queries: int, window: int | None, keys: int) -> Work:
-    lens, contexts = plan.query_lens, plan.context_lens
-    before = contexts - lens
+def shares_of(plan: Plan, window: int | None) -> list[tuple[Members, bool]]:
+    """Which sequences are worked on together, and whether programs take a segment each. Those of few queries and a long
+    context cannot fill a GPU otherwise, whatever else is in the plan."""
+    few = _few(plan)
+    start = 0 if window is None else np.maximum(plan.context_lens - plan.query_lens - window + 1, 0)
+    long = plan.context_lens > start // SEGMENT * SEGMENT + SEGMENT
+    if not (few & long).any():
+        return [("all", False)]
+    return [("all", True)] if few.all() else [("few", True), ("many", False)]
+
+
+def _few(plan: Plan) -> np.ndarray:
+    return plan.query_lens <= _FEW_QUERIES
+
+
+def _make_work(plan: Plan, queries: int, window: int | None, members: Members, shared: bool) -> Work:
+    before = plan.context_lens - plan.query_lens
     seq, first, count = plan.pieces(queries)
+    if members != "all":
+        own = _few(plan)[seq] == (members == "few")
+        seq, first, count = seq[own], first[own], count[own]
     position = before[seq] + first
     key_from = (
         np.zeros_like(seq) if window is None else np.maximum(position - window + 1, 0) // SEGMENT * SEGMENT
@@ -476,24 +541,38 @@ def _make_work(plan: Plan, queries: int, window: int | None, keys: int) -> Work:
         [plan.starts[seq] + first, count, position, seq, key_from, key_end, ends - parts, ends], 1
     )
     shares = None
-    if int(lens.max(initial=0)) <= _FEW_QUERIES and int(parts.max(initial=0)) > 1:
+    if shared:
         shares = items[which]
         shares[:, 4], shares[:, 5], shares[:, 6] = starts, stops, np.arange(len(which))
-    if plan.block_mask is not None:
+    elif plan.block_mask is not None:
         items[:, 4:6], ranges = items[:, 6:8], np.stack([starts, stops], 1)
-    if shares is None:
+    if not shared:
         items = items[np.argsort(key_from - key_end, kind="stable")]  # the longest first
-    zeros = np.zeros(len(lens), np.int64)
-    prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
-    seqs = np.stack([plan.starts, before, prefix, contexts, np.arange(len(lens)), zeros, zeros, zeros], 1)
-    table = plan.page_table if plan.page_table is not None else np.zeros((1, 1), np.int64)
-    blocks, readers = (None, None) if plan.page_table is not None else _key_blocks(plan, keys)
+    return Work(*(None if x is None else _int32(x, plan) for x in (items, shares, ranges)))
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(plan.device)
 
-    made = (items, shares, seqs, table, blocks, readers, ranges)
-    return Work(*(None if x is None else tensor(x) for x in made))
+def _sequences(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S, 8): first query, its position, prefix, context, row of the page table; and the table (S, pages)."""
+    if "triton sequences" not in plan.made:
+        zeros = np.zeros(len(plan.query_lens), np.int64)
+        prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
+        before = plan.context_lens - plan.query_lens
+        own = (plan.starts, before, prefix, plan.context_lens, np.arange(len(zeros)), zeros, zeros, zeros)
+        table = np.zeros((1, 1), np.int64) if plan.page_table is None else plan.page_table
+        plan.made["triton sequences"] = _int32(np.stack(own, 1), plan), _int32(table, plan)
+    return plan.made["triton sequences"]
+
+
+def key_work_of(plan: Plan, keys: int) -> KeyWork:
+    """The keys of a pack in blocks of so many, made once for all layers."""
+    key = ("triton keys", keys)
+    if key not in plan.made:
+        plan.made[key] = KeyWork(*(_int32(x, plan) for x in _key_blocks(plan, keys)))
+    return plan.made[key]
+
+
+def _int32(array: np.ndarray, plan: Plan) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(plan.device)
 
 
 def _ranges(plan: Plan, seq: int, position: int, key_from: int, key_end: int) -> np.ndarray:
@@ -556,44 +635,72 @@ def forward(
     """q (N', Hq, D) and k, v (N, Hkv, D) with each token's heads together, or contiguous pages (P, Hkv, page, D), with
     scales (P, Hkv, page) where they are int8 or fp8 -> (N', Hq, Dv), and (N, Hq) fp32 base 2 logarithms of the sums,
     without `share_out`: with it programs may take a segment each, in the same bits."""
-    heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
-    group = heads // kv_heads
-    few = int(plan.query_lens.max(initial=0)) <= _FEW_QUERIES
-    tile = tile_of(q.dtype, dim, v_dim, group, many=not few)
-    work = work_of(plan, group, window, tile)
+    heads, v_dim = q.shape[1], v.shape[-1]
     out = torch.empty((len(q), heads, v_dim), dtype=q.dtype, device=q.device)
     logs = torch.empty((plan.num_tokens, heads), dtype=torch.float32, device=q.device)
-    paged = plan.page_table is not None
-    split = work.shares is not None and share_out
-    items = work.shares if split else work.items
-    many = len(items) if split else 0
-    part_acc = torch.empty((many, kv_heads, tile.rows, v_dim), dtype=torch.float32, device=q.device)
-    part_m, part_total = (
-        torch.empty((many, kv_heads, tile.rows), dtype=torch.float32, device=q.device) for _ in "ml"
-    )
+    sinks = None if sinks is None else sinks.contiguous()
     if k.dtype == torch.float8_e4m3fn and not _has_fp8(q.device):
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    k_scales, v_scales = (q, q) if kv_scales is None else kv_scales
-    listed = work.ranges is not None and not split
-    if len(items):
-        _forward[(len(items), kv_heads)](
-            q, k, v, k_scales, v_scales, out, logs, q if sinks is None else sinks, items, work.seqs,
-            work.ranges if listed else work.seqs, work.page_table, part_acc, part_m, part_total, work.page_table.shape[1],
-            q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0),
-            window or 0,
-            PAGED=paged, PAGE=plan.page_tokens or 1, SCALED=kv_scales is not None, SPLIT=split, LISTED=listed,
-            SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None, GROUP=group, ROWS=tile.rows,
-            KEYS=tile.keys, DIM=tile.dim, V_DIM=tile.v_dim, SEGMENT=SEGMENT,
-            num_warps=tile.warps, num_stages=_STAGES, enable_fp_fusion=False,
-        )  # fmt: skip
-    if split:
-        _join[(len(work.items), kv_heads)](
-            out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
-            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=tile.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "kv_scales": kv_scales}
+    for members, shared in shares_of(plan, window) if share_out else [("all", False)]:
+        _attend(q, k, v, plan, members, out, logs, shared=shared, **options)
     if plan.num_repeats:
         out[plan.num_tokens :] = out[plan.num_tokens - 1]
     return out, logs
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    members: Members,
+    out: torch.Tensor,
+    logs: torch.Tensor,
+    *,
+    shared: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """The rows of some sequences to `out`, and where segments are not `shared` out to `logs`."""
+    heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
+    group = heads // kv_heads
+    many = not shared and not _few(plan).all()
+    tile = tile_of(q.dtype, dim, v_dim, group, many=many)
+    work, (seqs, page_table) = work_of(plan, group, window, tile, members, shared=shared), _sequences(plan)
+    items = work.shares if shared else work.items
+    parts = (len(items) if shared else 0, kv_heads, tile.rows)
+    part_acc, part_m, part_total = (
+        torch.empty(shape, dtype=torch.float32, device=q.device) for shape in ((*parts, v_dim), parts, parts)
+    )
+    k_scales, v_scales = (q, q) if kv_scales is None else kv_scales
+    if len(items):
+        launch(
+            _forward, (len(items), kv_heads),
+            q, k, v, k_scales, v_scales, out, logs, q if sinks is None else sinks, items, seqs,
+            seqs if work.ranges is None else work.ranges, page_table, part_acc, part_m, part_total, page_table.shape[1],
+            *map(token_step, (q, k, v)), heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0),
+            window or 0,
+            PAGED=plan.page_table is not None, PAGE=plan.page_tokens or 1, SCALED=kv_scales is not None, SPLIT=shared,
+            LISTED=work.ranges is not None, SOFTCAP=softcap is not None, WINDOW=_kind(window, tile),
+            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim, V_DIM=tile.v_dim,
+            SEGMENT=SEGMENT, num_warps=tile.warps, num_stages=_STAGES, enable_fp_fusion=False,
+        )  # fmt: skip
+    if shared:
+        launch(
+            _join, (len(work.items), kv_heads),
+            out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
+            SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _kind(window: int | None, tile: Tile) -> int:
+    """0 = no window, 1 = one that is narrower than a tile of keys, 2 = another."""
+    return 0 if window is None else 1 + (window >= tile.keys)
 
 
 def _has_fp8(device: torch.device) -> bool:
@@ -617,24 +724,32 @@ def gradients(
     """Those of q, k, v and sinks of a pack, from what `forward` gave; q, k, v with each token's heads together."""
     heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
     group = heads // kv_heads
-    tile = tile_of(q.dtype, dim, v_dim, group)
-    work, grad = work_of(plan, group, window, tile), grad.contiguous()
+    of_q, of_kv = backward_tiles(q.dtype, dim, v_dim, group)
+    work, keys = work_of(plan, group, window, of_q), key_work_of(plan, of_kv.keys)
+    seqs, _ = _sequences(plan)
+    grad = grad.contiguous()
     delta = (grad.float() * out.float()).sum(-1)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    common: dict[str, Any] = dict(
-        SOFTCAP=softcap is not None, WINDOW=window is not None, GROUP=group, ROWS=tile.rows, KEYS=tile.keys, DIM=tile.dim,
-        V_DIM=tile.v_dim, num_warps=_BACKWARD_WARPS, num_stages=2, LISTED=work.ranges is not None,
-    )  # fmt: skip
-    numbers = (
-        *(x.stride(0) for x in (q, k, v)),
+    given = (
+        *map(token_step, (q, k, v)),
         *(heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0), window or 0),
     )
-    _grad_q[(len(work.items), kv_heads)](
-        q, k, v, grad, logs, delta, dq, work.items, work.seqs, work.seqs if work.ranges is None else work.ranges, *numbers, **common
+    common: dict[str, Any] = dict(
+        SOFTCAP=softcap is not None, WINDOW=window is not None, GROUP=group, DIM=of_q.dim, V_DIM=of_q.v_dim,
+        num_stages=_BACKWARD_STAGES, LISTED=work.ranges is not None, enable_fp_fusion=True,
     )  # fmt: skip
-    _grad_kv[(len(work.key_blocks), kv_heads)](
-        q, k, v, grad, logs, delta, dk, dv, work.key_blocks, work.readers, work.seqs, *numbers, **common
+    launch(
+        _grad_q, (len(work.items), kv_heads),
+        q, k, v, grad, logs, delta, dq, work.items, seqs, seqs if work.ranges is None else work.ranges, *given,
+        ROWS=of_q.rows, KEYS=of_q.keys, num_warps=of_q.warps, **common,
     )  # fmt: skip
+    # registers hold the sums of keys and values both, but not of wide ones
+    for of_k, of_v in ((True, False), (False, True)) if _is_wide(q.dtype, of_kv) else ((True, True),):
+        launch(
+            _grad_kv, (len(keys.blocks), kv_heads),
+            q, k, v, grad, logs, delta, dk, dv, keys.blocks, keys.readers, seqs, *given,
+            OF_K=of_k, OF_V=of_v, ROWS=of_kv.rows, KEYS=of_kv.keys, num_warps=of_kv.warps, **common,
+        )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
     share = torch.exp2(sinks.float() * _LOG2E.value - logs)

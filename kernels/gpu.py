@@ -1,6 +1,7 @@
 """Triton forms of operations, for CUDA tensors.
 
-Here: `serves`, which tensors they take, and how a table of rows is cut into programs. Each form lies beside its operation, as
+Here: `serves`, which tensors they take, `launch`, through which every kernel starts, and how a table of rows is cut into
+programs. Each form lies beside its operation, as
 `<operation>_triton.py`, and is imported when the first CUDA tensor comes. Without triton, or where RLHF_TRITON=0, there
 is none and the torch operations run. Not here: what the kernels compute.
 """
@@ -11,12 +12,14 @@ import functools
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 4096  # numbers of one program, about
 LARGEST_HEAD = 256  # numbers of a head that attention and what writes its pages take
+_ALIGNED = 16  # bytes of an address, numbers of a stride
 _SHARED_BYTES = 160 << 10
 _MOST = 1 << 16  # numbers of the longest row that a program can hold
 
@@ -37,6 +40,38 @@ def serves(*tensors: torch.Tensor) -> bool:
         and available()
         and _holds_tiles(first.device.index or 0)
     )
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    first: torch.Tensor,
+    *args: Any,
+    enable_fp_fusion: bool,
+    **options: Any,
+) -> None:
+    """kernel[grid](first, *args, **options) on the device that `first` is on: Triton launches on the current one, which
+    need not be it. Whether the compiler may fuse products and sums, which changes bits, is said and left to no version's
+    default."""
+    options["enable_fp_fusion"] = enable_fp_fusion
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](first, *args, **options)
+    else:
+        kernel[grid](first, *args, **options)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it, from whose rows a kernel reads as many numbers at once as from all others of their width. Triton
+    compiles a kernel for the divisibility by 16 of addresses and strides, and in which order a row's sum is taken follows
+    from that; tensors whose rows' sums are bits to rely on go through here."""
+    steps = x.is_contiguous() or x.stride(0) % _ALIGNED == x.shape[-1] % _ALIGNED == 0
+    return x if steps and x.data_ptr() % _ALIGNED == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def token_step(x: torch.Tensor) -> int:
+    """Numbers between a token's first of x (N, ...) and the next one's: of one token too those that it would be of many."""
+    return x.stride(0) if len(x) > 1 else x[0].numel()
 
 
 @functools.cache

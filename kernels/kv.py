@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from rlhf.kernels import gpu, native
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.layout import heads_together
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # formats with scales, and their largest number
 PAGE_STEP = 16  # tokens of a page are a multiple of this
+PAGE_BYTES = 16  # the address of pages is one of this
 KvScales = tuple[torch.Tensor, torch.Tensor]  # of keys and values, (P, Hkv, page) fp32 each
 
 _SMALLEST = 1e-30  # rows without a larger number are written as if this were theirs
@@ -90,16 +92,20 @@ def write_rows(
     for i, (pages, x) in enumerate(((k_pages, k), (v_pages, v))):
         scales = None if kv_scales is None else kv_scales[i]
         if x.device.type == "cpu" and _is_native(pages, x, scales):
+            took("keys and values", NATIVE)
             _write_native(pages, scales, x, rows)
         elif (
             scales is not None and gpu.serves(x) and x.shape[-1] <= gpu.LARGEST_HEAD and x.shape[-1] % 2 == 0
         ):
             from rlhf.kernels import kv_triton
 
+            took("keys and values", TRITON)
             kv_triton.write(pages, scales, heads_together(x), rows)
         elif scales is None:
+            took("keys and values", TORCH)
             pages.view(-1, x.shape[-1]).index_copy_(0, rows, x.reshape(-1, x.shape[-1]).to(pages.dtype))
         else:
+            took("keys and values", TORCH)
             numbers, own = quantised(x.reshape(-1, x.shape[-1]), pages.dtype)
             as_bytes(pages).view(-1, x.shape[-1]).index_copy_(0, rows, as_bytes(numbers))
             scales.view(-1).index_copy_(0, rows, own)
@@ -150,13 +156,15 @@ def norm_rotate_write(
     wanted = (q.shape[1] + k.shape[1], q.shape[2])
     if norm_weights is not None and norm_weights.shape != wanted:
         raise ValueError(f"norm_weights {tuple(norm_weights.shape)} for {shapes}; they must be {wanted}")
-    if not q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype:
-        raise ValueError(
-            f"q {q.dtype}, k {k.dtype}, v {v.dtype}, cos {cos.dtype}, sin {sin.dtype} must be alike"
-        )
+    given = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "norm_weights": norm_weights}
+    kinds = {name: (x.dtype, x.device) for name, x in given.items() if x is not None}
+    if len(set(kinds.values())) > 1:
+        about = ", ".join(f"{name} {dtype} on {device}" for name, (dtype, device) in kinds.items())
+        raise ValueError(f"{about} must be alike")
     q, k, v = map(heads_together, (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
     weights = None if norm_weights is None else norm_weights.contiguous()
+    took("keys and values", TRITON)
     return kv_triton.norm_rotate_write(q, k, v, k_pages, v_pages, rows, cos, sin, weights, eps, kv_scales)
 
 
@@ -174,6 +182,11 @@ def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_scales: KvScale
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError(
             f"k_pages {tuple(shape)} with strides {k_pages.stride()} and v_pages with {v_pages.stride()}: pages must be contiguous"
+        )
+    if k_pages.data_ptr() % PAGE_BYTES or v_pages.data_ptr() % PAGE_BYTES:
+        raise ValueError(
+            f"k_pages {tuple(shape)} and v_pages {tuple(v_pages.shape)} begin at {k_pages.data_ptr()} and {v_pages.data_ptr()}: "
+            f"pages must begin at a multiple of {PAGE_BYTES} bytes"
         )
     dtype = k_pages.dtype
     if dtype != v_pages.dtype or k_pages.device != v_pages.device:
@@ -233,10 +246,10 @@ def _write_native(
     tokens, heads, dim = x.shape
     places = x.data_ptr(), rows.data_ptr(), pages.data_ptr()
     if scales is None:
-        write = native.function("attention", "write_rows", "pppiiii")
+        write = native.function("attention", "write_rows")
         write(*places, tokens, heads, x.stride(0) * size, dim * size)
         return
-    write = native.function("attention", "write_quantised", "ppppiiiiiiff")
+    write = native.function("attention", "write_quantised")
     kinds = x.dtype == torch.bfloat16, pages.dtype == torch.float8_e4m3fn
     most = QUANTISED[pages.dtype], inverse_of(pages.dtype)
     write(*places, scales.data_ptr(), tokens, heads, x.stride(0), dim, *kinds, *most)

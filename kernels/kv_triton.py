@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf.kernels.gpu import row_tile
+from rlhf.kernels.gpu import aligned, launch, row_tile, token_step
 from rlhf.kernels.kv import _SMALLEST, QUANTISED, KvScales, inverse_of
 from rlhf.kernels.rotary_triton import turned
 
@@ -52,7 +52,7 @@ def _put(pages, scales, row, i, half, there, first, second, MOST: tl.constexpr, 
         tl.store(pages + to + half, second, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write(
     x, pages, scales, rows, num_rows, heads, half, x_token,
     MOST: tl.constexpr, INVERSE: tl.constexpr, SMALLEST: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
@@ -99,7 +99,7 @@ def _normed_and_turned(
     return first.to(dtype), second.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "q_programs", "kv_programs"])
 def _norm_rotate_write(
     q, k, v, out, k_pages, v_pages, k_scales, v_scales, rows, cos, sin, weight, num_tokens, heads, kv_heads, dim,
     q_token, k_token, v_token, eps, q_programs, kv_programs,
@@ -143,9 +143,10 @@ def write(pages: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, rows: torc
     if not x.numel():
         return
     per_program, _, warps = row_tile(dim)
-    _write[(triton.cdiv(tokens * heads, per_program),)](
+    launch(
+        _write, (triton.cdiv(tokens * heads, per_program),),
         x, pages if pages.dtype == torch.int8 else pages.view(torch.uint8), scales, rows, tokens * heads, heads, dim // 2,
-        x.stride(0), QUANTISED[pages.dtype], inverse_of(pages.dtype), _SMALLEST, per_program, _half(dim), num_warps=warps,
+        token_step(x), QUANTISED[pages.dtype], inverse_of(pages.dtype), _SMALLEST, per_program, _half(dim), num_warps=warps,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -169,6 +170,7 @@ def norm_rotate_write(
     if not tokens:
         return out
     per_program, block, warps = row_tile(dim)
+    q, k = aligned(q), aligned(k)
     q_programs, kv_programs = (triton.cdiv(tokens * h, per_program) for h in (heads, kv_heads))
     most, inverse = 0.0, 0.0
     if kv_scales is not None:
@@ -176,9 +178,10 @@ def norm_rotate_write(
         if k_pages.dtype != torch.int8:
             k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     k_scales, v_scales = (cos, cos) if kv_scales is None else kv_scales
-    _norm_rotate_write[(q_programs + 2 * kv_programs,)](
+    launch(
+        _norm_rotate_write, (q_programs + 2 * kv_programs,),
         q, k, v, out, k_pages, v_pages, k_scales, v_scales, rows, cos, sin, cos if weights is None else weights, tokens, heads,
-        kv_heads, dim, q.stride(0), k.stride(0), v.stride(0), eps, q_programs, kv_programs,
+        kv_heads, dim, *map(token_step, (q, k, v)), eps, q_programs, kv_programs,
         NORM=weights is not None, MOST=most, INVERSE=inverse, SMALLEST=_SMALLEST, ROWS=per_program, BLOCK=block,
         HALF=_half(dim), num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip

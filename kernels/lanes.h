@@ -7,8 +7,13 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#define HAS_WIDENING 1
+#else
+#define HAS_WIDENING 0
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define HAS_ROUNDING_TO_BF16 1
 #else
 #define HAS_ROUNDING_TO_BF16 0
@@ -45,6 +50,10 @@ inline typename Vector<float, kCount>::Type load(const float* from) {
 
 template <int kCount>
 inline typename Vector<float, kCount>::Type floats_of(typename Vector<uint16_t, kCount>::Type halves) {
+#if HAS_WIDENING  // in one instruction, where GCC takes four
+  if constexpr (kCount == 16)
+    return (typename Vector<float, kCount>::Type)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#endif
   typedef typename Vector<uint32_t, kCount>::Type Words;
   const Words words = __builtin_convertvector(halves, Words) << 16;
   typename Vector<float, kCount>::Type x;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "builtin.h"
 #include "lanes.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -115,10 +116,12 @@ struct Bits4 {
 #endif
 };
 
-// Few rows wait for the weights, which lie one after another: asks for those of kVectors vectors kAhead bytes later.
+// A reading of some outputs of a block jumps, which the CPU does not foresee: asks for the weights of kVectors vectors kAhead
+// bytes later. Whole blocks lie one after another, and asking costs more than it gives.
 template <typename Bits, int kVectors>
 inline void fetch(const uint8_t* weights) {
   constexpr int kAhead = 4096, kLine = 64;
+  if (kVectors * kLanes == kBlock) return;
   for (int input = 0; input < Bits::kPairBytes; input += Bits::kOutputBytes * kBlock)
     for (int i = 0; i < Bits::kOutputBytes * kLanes * kVectors; i += kLine)
       __builtin_prefetch(weights + kAhead + input + i);
@@ -287,3 +290,5 @@ void linear_forward(const void* x, const void* weights, const void* scales, cons
     linear<float, Bits32>(call, threads);
 }
 }
+
+BUILTIN(linear_forward)

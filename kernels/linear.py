@@ -10,6 +10,7 @@ and must be packed again (`rlhf.models.linear`).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ import torch.nn.functional as F
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, ONEDNN, TORCH, TRITON, took
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_PACKING = 256  # rows, from which on a weight is packed for one product
 _ROW_STEPS = ((16, 4), (256, 8), (512, 16))
 _FEW = 48  # rows up to which linear.cpp is the faster one
+_SOME, _SOME_STEP = 128, 8  # rows up to which it is where oneDNN's would be padded
+_WORTH_A_KERNEL = 1 << 30  # products of which a twentieth takes as long as oneDNN to build a kernel
+_MOST_KERNELS = 1024  # that oneDNN remembers
 _BLOCK = 64  # outputs that oneDNN's pack keeps together
 _SEGMENTS = (512, 1024)  # inputs that oneDNN may add up by themselves
 _TRIAL_OUTS, _TRIAL_ROWS = 256, (56, 256)
@@ -29,6 +34,7 @@ _ALONE = 1 << 20  # products that are not worth waking threads for
 _layouts: dict[
     tuple[torch.Size, torch.dtype], bool
 ] = {}  # whether packs of a shape lie as linear.cpp reads them
+_rounded_up: dict[tuple[int, int, int], int] = {}  # rows, outputs, inputs: products made of more rows
 _segments: dict[tuple[torch.Size, torch.dtype, int], int] = {}
 _has_kernel = torch.backends.mkldnn.is_available()
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _has_kernel else None  # looked up once
@@ -144,6 +150,7 @@ def linear(
     given = (x, weight) if bias is None else (x, weight, bias)
     try:
         if packed is None and not (gpu.serves(*given) and x.numel() and weight.numel()):
+            took("linear", TORCH)
             return F.linear(x, weight, bias)
         needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and needs_grad:
@@ -177,53 +184,137 @@ def _forward(
     _check(x, weight, bias)
     from rlhf.kernels import matmul_triton
 
+    took("linear", TRITON)
     return matmul_triton.linear(x, weight, bias)
+
+
+def can_join(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether one product with weights (out, in) of one input, one below another, gives each one's own bits: packs do, and on a
+    GPU weights whose rows are cut into as many segments."""
+    first = weights[0]
+    if any(w.dtype != first.dtype or w.shape[1:] != first.shape[1:] for w in weights):
+        return False
+    if all(map(can_pack, weights)):
+        return True
+    if not gpu.serves(*weights) or not all(w.numel() for w in weights):
+        return False
+    from rlhf.kernels import matmul_triton
+
+    return len({matmul_triton.segments_of(*w.shape) for w in weights}) == 1
+
+
+@torch.no_grad()
+def one_below_another(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Weights (out, in) as one (sum of outs, in): the memory that they lie in if they follow one another there, else a
+    copy."""
+    first, end = weights[0].detach(), weights[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for w in weights:
+        if not w.is_contiguous() or w.untyped_storage().data_ptr() != memory or w.storage_offset() != end:
+            return torch.cat([x.detach() for x in weights])
+        end += w.numel()
+    shape = (sum(w.shape[0] for w in weights), *first.shape[1:])
+    return first.as_strided(shape, first.stride())
+
+
+def joined_linear(
+    x: torch.Tensor, joined: torch.Tensor, bias: torch.Tensor | None, *, whole: int
+) -> torch.Tensor:
+    """On a GPU `linear` with weights that `can_join`, one below another, without gradient; `whole` is how many rows one of
+    them has."""
+    _check(x, joined, bias)
+    if not x.numel():
+        return F.linear(x, joined, bias)
+    from rlhf.kernels import matmul_triton
+
+    took("linear", TRITON)
+    return matmul_triton.linear(x, joined, bias, whole=whole)
 
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`linear` with the pack alone, without gradient. A column does not depend on the columns beside it, so a
     pack of concatenated weights gives each weight's own bits."""
-    shape = x.shape
+    few, shape = packed.__dict__.get("few") or _FewRows(packed), x.shape
+    num_rows = x.numel() // few.inner
+    if 0 < num_rows <= _SOME and (num_rows <= _FEW or num_rows % _SOME_STEP):
+        if few.takes(x, bias) and shape[-1] == few.inner and (segment := few.segment(packed)):
+            took("linear", NATIVE)
+            return multiply(x, few.address, few.outs, few.inner, bias, group=segment)
+    took("linear", ONEDNN)
     rows = x.reshape(-1, shape[-1])
-    num_rows = rows.shape[0]
-    if 0 < num_rows <= _FEW and _fits(rows, packed, bias) and (segment := _segment(packed)):
-        out = multiply(rows, _address(packed), packed.shape, bias, group=segment)
-        return out.view(*shape[:-1], out.shape[-1]) if len(shape) != 2 else out
-    extra = _bucket(num_rows) - num_rows
+    extra = _rows_wanted(num_rows, few.outs, few.inner) - num_rows
     if extra:
-        rows = F.pad(rows, (0, 0, 0, extra))
+        rows, given = rows.new_empty(num_rows + extra, shape[-1]), rows
+        rows[:num_rows] = given
     out = _linear_pointwise(rows, packed, bias, "none", [], "")
     # not a view, which autograd would not let a model write into
     return out.resize_(*shape[:-1], out.shape[-1]) if extra or len(shape) != 2 else out
 
 
-def _fits(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether linear.cpp stays within the tensors; what does not fit is oneDNN's to refuse."""
-    return (
-        rows.shape[1] == packed.shape[1]
-        and rows.dtype == packed.dtype
-        and (bias is None or (bias.dtype == rows.dtype and bias.shape == packed.shape[:1]))
-    )
+def _rows_wanted(num_rows: int, outs: int, inner: int) -> int:
+    """How many rows oneDNN is given: rounded up to a few numbers, until copies of x and rows in vain took about as long as a
+    kernel for these many takes to build."""
+    wanted = _bucket(num_rows)
+    if wanted == num_rows or num_rows < 2:
+        return wanted
+    key = num_rows, outs, inner
+    done = _rounded_up.get(key, 0)
+    if done >= _WORTH_A_KERNEL:
+        return num_rows
+    if len(_rounded_up) >= _MOST_KERNELS:
+        _rounded_up.clear()
+    _rounded_up[key] = done + num_rows * outs * inner
+    return wanted
+
+
+class _FewRows:
+    """What linear.cpp needs to know of a pack, asked for once: some thousand products of a step are over in microseconds."""
+
+    __slots__ = ("_bias_shape", "_dtype", "_found", "_threads", "address", "inner", "outs")
+
+    def __init__(self, packed: torch.Tensor) -> None:
+        self.outs, self.inner = packed.shape
+        self.address, self._dtype, self._bias_shape = _address(packed), packed.dtype, packed.shape[:1]
+        self._found, self._threads = 0, 0
+        packed.few = self
+
+    def takes(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether x and bias are of the kind and bias of the size; what does not fit is oneDNN's to refuse."""
+        dtype = self._dtype
+        return (
+            x.dtype is dtype
+            and x.is_cpu
+            and (bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == self._bias_shape))
+        )
+
+    def segment(self, packed: torch.Tensor) -> int:
+        """`_segment` of the pack with as many threads as there are now."""
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            self._found, self._threads = _segment(packed), threads
+        return self._found
 
 
 def multiply(
-    rows: torch.Tensor,
+    x: torch.Tensor,
     weights: int,
-    shape: tuple[int, ...],
+    outs: int,
+    inner: int,
     bias: torch.Tensor | None,
     *,
     group: int,
     scales: int = 0,
     bits: int = 0,
 ) -> torch.Tensor:
-    """linear.cpp's product of rows (M, in), fp32 or bf16, with weights (out, in) of `shape` at the address `weights`, in its
-    layout; bits 0 are those of the rows."""
-    rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
-    out = torch.empty(len(rows), shape[0], dtype=rows.dtype)
-    threads = 1 if len(rows) * shape[0] * shape[1] <= _ALONE else torch.get_num_threads()
-    native.function("linear", "linear_forward", "pppppiiiiiii")(
-        rows.data_ptr(), weights, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        len(rows), shape[1], shape[0], group, bits, rows.dtype == torch.bfloat16, threads,
+    """linear.cpp's product of x (..., in), fp32 or bf16, with weights (out, in) at the address `weights`, in its layout; bits
+    0 are those of x."""
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    num_rows = x.numel() // inner
+    out = x.new_empty(num_rows, outs) if x.dim() == 2 else x.new_empty(*x.shape[:-1], outs)
+    native.function("linear", "linear_forward")(
+        x.data_ptr(), weights, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        num_rows, inner, outs, group, bits, x.dtype is torch.bfloat16,
+        1 if num_rows * outs * inner <= _ALONE else torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -256,7 +347,7 @@ def _try_segments(packed: torch.Tensor) -> int:
     trials = [(x[:rows], small, b) for rows in _TRIAL_ROWS for b in (None, bias)]
     for rows, of, b in (*trials, (x[: _TRIAL_ROWS[0]], packed, None)):
         wanted = _linear_pointwise(rows, of, b, "none", [], "")
-        found = {s for s in found if torch.equal(multiply(rows, _address(of), of.shape, b, group=s), wanted)}
+        found = {s for s in found if torch.equal(multiply(rows, _address(of), *of.shape, b, group=s), wanted)}
     return min(found, default=0)
 
 

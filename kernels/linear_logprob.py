@@ -16,6 +16,7 @@ import torch
 
 from rlhf.kernels import gpu
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import ONEDNN, TORCH, TRITON, took
 from rlhf.kernels.linear import linear
 from rlhf.kernels.logprob import (
     Rows,
@@ -58,8 +59,10 @@ def linear_logprobs(
     if gpu.serves(*inputs) and all(x.numel() for x in inputs):
         from rlhf.kernels import linear_logprob_triton
 
+        took("log-probs of a head", TRITON)
         run = _OnGpu.apply if needs_grad else linear_logprob_triton.linear_logprobs
         return run(hidden, weight, bias, targets, temperature, entropy)[:2]
+    took("log-probs of a head", TORCH if packed is None else ONEDNN)
     if needs_grad:
         return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, packed, entropy)
     return _forward(hidden, weight, bias, targets, temperature, packed, entropy, needs_slopes=False)[:2]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rlhf.kernels import logprob_triton, matmul_triton
+from rlhf.kernels.gpu import launch
 from rlhf.kernels.logprob_triton import BLOCK, Parts, Rows, Scale, block_sums, over
 from rlhf.kernels.matmul_triton import Tile, processors, segment_product, tile_of, with_rows_together
 
@@ -100,11 +101,13 @@ def _in_one(
 ) -> None:
     tile = _FLOAT if hidden.dtype == torch.float32 else _TILE
     tiles = triton.cdiv(len(hidden), tile.rows) * parts.tops.shape[1]
-    _forward[(min(tiles, processors(hidden.device) * tile.resident),)](
+    launch(
+        _forward, (min(tiles, processors(hidden.device) * tile.resident),),
         hidden, weight, hidden if bias is None else bias, scale.temperatures, targets, parts.picked, parts.tops,
         parts.totals, parts.weighted, len(hidden), len(weight), hidden.shape[1], hidden.stride(0), weight.stride(0),
         BIAS=bias is not None, SCALED=scale.scaled, ENTROPY=entropy, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=tile.step, GROUP=_GROUP, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "builtin.h"
 #include "lanes.h"
 
 namespace {
@@ -172,3 +173,6 @@ void logprob_slopes(const void* logits, const int64_t* targets, const float* tem
                                                                  static_cast<float*>(out), threads);
 }
 }
+
+BUILTIN(logprob_forward)
+BUILTIN(logprob_slopes)

@@ -17,6 +17,7 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.native import address
 from rlhf.kernels.threads import worth
 
@@ -73,6 +74,7 @@ def token_logprobs(
         from rlhf.kernels import logprob_triton
 
         check_rows("logits", logits, targets, temperature)
+        took("log-probs", TRITON)
         run = _OnGpu.apply if needs_grad else logprob_triton.token_logprobs
         return run(logits, targets, temperature, entropy)[:2]
     if needs_grad:
@@ -140,7 +142,9 @@ def token_rows(
     given = logits.float() if logits.dtype == torch.float16 else logits
     if native.serves("logprob", 0, given):  # rows of any width
         check_rows("logits", given, targets, temperature)
+        took("log-probs", NATIVE)
         return _native_rows(given, targets, temperature, entropy, needs_slopes)
+    took("log-probs", TORCH)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     entropies = torch.empty_like(logprobs) if entropy else None
@@ -227,7 +231,7 @@ def _native_rows(
     entropies = torch.empty(num_rows, device="cpu") if entropy else None
     sums = torch.empty(num_rows, 2, device="cpu") if needs_slopes else None
     bad = ctypes.c_int64()
-    native.function("logprob", "logprob_forward", "pppppppiiifii")(
+    native.function("logprob", "logprob_forward")(
         logits.data_ptr(), targets.data_ptr(), address(temperatures), logprobs.data_ptr(), address(entropies),
         address(sums), ctypes.addressof(bad), *logits.shape, logits.stride(0), temperature,
         logits.dtype == torch.bfloat16, worth(logits.numel()),
@@ -255,7 +259,7 @@ def _native_slopes(
     targets, grad = targets.contiguous(), grad.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     given = (logits, targets, temperatures, rows.sums, rows.entropies, grad, grad_entropy, out)
-    native.function("logprob", "logprob_slopes", "ppppppppiiifii")(
+    native.function("logprob", "logprob_slopes")(
         *map(address, given), *logits.shape, logits.stride(0), temperature, logits.dtype == torch.bfloat16,
         worth(logits.numel()),
     )  # fmt: skip

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rlhf.kernels.gpu import launch
+
 BLOCK = 256  # tokens of a block
 _BLOCKS = 16  # of a program
 _WIDTH = 2048  # tokens of a row that a program makes the slopes of
@@ -183,18 +185,22 @@ def fill_parts(
 ) -> None:
     """logits (M, V) whose rows' numbers lie one after another."""
     rows, blocks = parts.tops.shape
-    _parts[(rows, triton.cdiv(blocks, _BLOCKS))](
+    launch(
+        _parts, (rows, triton.cdiv(blocks, _BLOCKS)),
         logits, scale.temperatures, targets, parts.picked, parts.tops, parts.totals, parts.weighted, logits.shape[1],
         blocks, logits.stride(0), SCALED=scale.scaled, ENTROPY=entropy, BLOCKS=_BLOCKS, BLOCK=BLOCK, num_warps=_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def join(parts: Parts, entropy: bool) -> Rows:
     rows, blocks = parts.tops.shape
     logprobs, entropies, top, log_total = (torch.empty_like(parts.picked) for _ in range(4))
-    _join[(rows,)](
+    launch(
+        _join, (rows,),
         parts.picked, parts.tops, parts.totals, parts.weighted, logprobs, entropies, top, log_total, blocks,
         ENTROPY=entropy, BLOCKS=triton.next_power_of_2(blocks), num_warps=_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return Rows(logprobs, entropies if entropy else None, top, log_total)
 
@@ -240,8 +246,10 @@ def write_slopes(
     height, columns = logits.shape
     grad = torch.zeros_like(rows.top) if grad is None else grad.contiguous()
     more = grad if grad_entropy is None else grad_entropy.contiguous()
-    _slopes[(height, triton.cdiv(columns, _WIDTH))](
+    launch(
+        _slopes, (height, triton.cdiv(columns, _WIDTH)),
         logits, out, scale.temperatures, targets, rows.top, rows.log_total, grad, more,
         grad if rows.entropies is None else rows.entropies, columns, first, logits.stride(0), out.stride(0),
         SCALED=scale.scaled, ENTROPY=grad_entropy is not None, WIDTH=_WIDTH, num_warps=_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip

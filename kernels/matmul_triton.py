@@ -6,7 +6,9 @@ walks them (what it has lies in a scratch that stays in the L2 cache: there are 
 `_add_up` where programs took a segment each, because few rows and columns do not fill a GPU. So the tile and the sharing
 out may follow the number of rows. That rests on one instruction family adding up its products alike in tiles of every size:
 16 bit tiles have at least 64 rows, which on Hopper is wgmma in all of them; `scripts/gpu_check.sh` compares the bits on
-the device at hand. Not here: gradients, for which ordinary products do (`rlhf.kernels.linear`).
+the device at hand. Tiles of 16 rows would be another family there (mma), whose sums of 16 products nobody promises to round
+alike, and would win little: by an H100's rates the product of 64 rows, absent ones included, with a 4096 x 4096 weight takes its
+tensor cores 3 us and reading the weight 10. Not here: gradients, for which ordinary products do (`rlhf.kernels.linear`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from rlhf.kernels.gpu import launch
 
 _WIDE = 8192  # columns, from which on a weight's rows are one segment
 _WHOLE = 2048  # of narrower ones, the longest rows that are one segment
@@ -183,15 +187,19 @@ def linear(
     size = count * rows * columns if split else programs * tile.rows * tile.columns if count > 1 else 0
     parts = torch.empty(size, dtype=torch.float32, device=x.device) if size else out
     given = x if bias is None else bias
-    _forward[(programs, count if split else 1)](
+    launch(
+        _forward, (programs, count if split else 1),
         rows_of_x, weight, given, out, parts, rows, columns, inner, length, rows_of_x.stride(0), weight.stride(0),
         BIAS=bias is not None, SPLIT=split, MANY=count > 1 and not split, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=tile.step, GROUP=_GROUP, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if split:
-        _add_up[(triton.cdiv(rows * columns, _ELEMENTS),)](
-            parts, given, out, rows, columns, count, BIAS=bias is not None, ELEMENTS=_ELEMENTS
-        )
+        launch(
+            _add_up, (triton.cdiv(rows * columns, _ELEMENTS),),
+            parts, given, out, rows, columns, count, BIAS=bias is not None, ELEMENTS=_ELEMENTS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

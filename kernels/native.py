@@ -29,7 +29,9 @@ _COMPILERS = ("g++", "c++")  # the sources use GCC's vector extensions
 _TIMEOUT_S = 120.0
 _LANES = 16  # numbers that a function over rows takes at once: widths are multiples of it
 _DTYPES = (torch.float32, torch.bfloat16)
-_ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_builtin = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+    ("PyCFunction_NewEx", ctypes.pythonapi)
+)
 
 
 @functools.cache
@@ -53,11 +55,10 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 @functools.cache
-def function(name: str, symbol: str, arguments: str) -> Callable[..., None]:
-    """A function of the library `name`, which there must be; `arguments` has a letter for each: pointer, integer, float."""
-    found = getattr(library(name), symbol)
-    found.argtypes, found.restype = [_ARGUMENTS[letter] for letter in arguments], None
-    return found
+def function(name: str, symbol: str) -> Callable[..., None]:
+    """A function of the library `name`, which there must be, over addresses, integers and floats (builtin.h)."""
+    method = ctypes.c_char.in_dll(library(name), f"{symbol}_method")
+    return _builtin(ctypes.addressof(method), None, None)
 
 
 def address(x: torch.Tensor | None) -> int | None:
@@ -68,10 +69,10 @@ def address(x: torch.Tensor | None) -> int | None:
 def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
     """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU."""
     dtype = tensors[0].dtype
-    if dtype not in _DTYPES or width % _LANES:
+    if width % _LANES or dtype not in _DTYPES:
         return False
     for x in tensors:  # plain code: this is asked before every operation
-        if x.dtype != dtype or not x.is_cpu:
+        if x.dtype is not dtype or not x.is_cpu:
             return False
     return library(name) is not None
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "builtin.h"
 #include "lanes.h"
 
 namespace {
@@ -100,3 +101,6 @@ void rms_norm_backward(const void* x, const void* weight, const void* grad, void
   (is_bf16 ? backward<Bf16> : backward<float>)(x, weight, grad, dx, dw, rows, width, eps, threads);
 }
 }
+
+BUILTIN(rms_norm_forward)
+BUILTIN(rms_norm_backward)

@@ -14,6 +14,7 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.layout import heads_together, wide
 from rlhf.kernels.threads import serial, worth
 
@@ -24,6 +25,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Without gradient x may be (N, heads, H) with heads beside others in memory and weight (heads, H).
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    _check_kinds(x=x, weight=weight)
     if weight.shape != x.shape[-1:] and (needs_grad or weight.shape != x.shape[-2:]):
         raise ValueError(
             f"weight {tuple(weight.shape)} for x {tuple(x.shape)}; it must be {tuple(x.shape[-1:])}, or without gradient "
@@ -37,13 +39,23 @@ def add_rms_norm(x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, ep
     if x.shape != change.shape or weight.shape != x.shape[-1:]:
         shapes = f"x {tuple(x.shape)}, change {tuple(change.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: x and change must be alike, and weight one row of them")
+    _check_kinds(x=x, change=change, weight=weight)
     if _is_native(x, weight) and change.dtype == x.dtype and x.is_contiguous():
         return _native(x, weight, eps, change=change.contiguous())
-    if gpu.serves(x, weight, change) and x.is_contiguous():
+    if gpu.serves(x, weight, change) and x.is_contiguous() and gpu.aligned(x) is x:
         return _triton(x, weight, eps, change=change.contiguous())
     with serial(x.numel()):
         x += change
     return _forward(x, weight, eps)
+
+
+def _check_kinds(**tensors: torch.Tensor) -> None:
+    """Dtypes of floats may differ: torch's rule of promotion says what comes of them."""
+    if len({x.device for x in tensors.values()}) > 1 or not all(
+        x.is_floating_point() for x in tensors.values()
+    ):
+        about = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"{about}: they must be floats on one device")
 
 
 def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -54,7 +66,10 @@ def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if _is_native(x, weight):
         return _native(x, weight, eps)
-    return _triton(x, weight, eps) if gpu.serves(x, weight) else stock_form(x, weight, eps)
+    if gpu.serves(x, weight):
+        return _triton(x, weight, eps)
+    took("norm", TORCH)
+    return stock_form(x, weight, eps)
 
 
 # -- the Triton form -----------------------------------------------------------------------------------------------------
@@ -63,6 +78,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _triton(
     x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
 ) -> torch.Tensor:
+    took("norm", TRITON)
     from rlhf.kernels import norm_triton
 
     x = heads_together(x) if x.dim() == 3 else x.contiguous()
@@ -87,12 +103,13 @@ def _is_native(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _native(
     x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
 ) -> torch.Tensor:
+    took("norm", NATIVE)
     width = x.shape[-1]
     x = heads_together(x) if x.dim() == 3 else x.contiguous()
     weight = weight.contiguous()  # a name keeps it alive during the call
     tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    run = native.function("norm", "rms_norm_forward", "ppppiiiiifii")
+    run = native.function("norm", "rms_norm_forward")
     run(
         x.data_ptr(),
         weight.data_ptr(),
@@ -117,7 +134,7 @@ def _native_gradients(
     x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs[0] else None
     dw = torch.zeros(width, dtype=torch.float32, device="cpu") if needs[1] else None
-    run = native.function("norm", "rms_norm_backward", "pppppiifii")
+    run = native.function("norm", "rms_norm_backward")
     run(
         *map(native.address, (x, weight, grad, dx, dw)),
         x.numel() // width,
@@ -164,6 +181,7 @@ class _RmsNorm(torch.autograd.Function):
         if _is_native(x, weight) or gpu.serves(x, weight):
             ctx.save_for_backward(x, weight)
             return _forward(x, weight, eps)
+        took("norm", TORCH)
         out, scale = _torch(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf.kernels.gpu import row_tile
+from rlhf.kernels.gpu import aligned, launch, row_tile, token_step
 
 _SHARES = 256  # parts in which a weight's gradient is added up, in one order
 _BOTH = 8192  # longest row whose program has registers for both gradients
@@ -67,15 +67,17 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, change: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x (..., H) with rows that lie one after another, or (N, heads, H) with each token's heads together; weight (H,) or
-    (heads, H); `change` like x is added to x first, in place -> contiguous, like x."""
+    (heads, H); `change` like x is added to x, which is `aligned` then, first, in place -> contiguous, like x."""
     width = x.shape[-1]
     tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // max(width, 1), 1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     rows, block, warps = row_tile(width)
-    token = x.stride(0) if x.dim() == 3 else width
-    _forward[(triton.cdiv(tokens * heads, rows),)](
+    x, weight, change = aligned(x), aligned(weight), None if change is None else aligned(change)
+    token = token_step(x) if x.dim() == 3 else width
+    launch(
+        _forward, (triton.cdiv(tokens * heads, rows),),
         x, x if change is None else change, weight, out, tokens * heads, heads, width, token,
         width if weight.dim() == 2 else 0, eps, change is not None, rows, block, num_warps=warps,
         enable_fp_fusion=False,  # kv_triton.py adds up the same squares
@@ -90,14 +92,16 @@ def gradients(
     width = x.shape[-1]
     num_rows = x.numel() // max(width, 1)
     rows, block, warps = row_tile(width)
+    x, weight, grad = aligned(x), aligned(weight), aligned(grad)
     shares = min(_SHARES, triton.cdiv(num_rows, rows))
     dx = torch.empty_like(x) if needs[0] else None
     dw = torch.zeros((shares, width), dtype=torch.float32, device=x.device) if needs[1] else None
     wanted = (dx is not None, dw is not None)
     parts = [(True, False), (False, True)] if all(wanted) and block > _BOTH else [wanted]
     for of_x, of_weight in parts if shares else ():
-        _backward[(shares,)](
+        launch(
+            _backward, (shares,),
             x, weight, grad, x if dx is None else dx, x if dw is None else dw, num_rows, width, eps,
-            of_x, of_weight, rows, block, num_warps=warps,
+            of_x, of_weight, rows, block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, None if dw is None else dw.sum(0).to(weight.dtype)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.kernels import gpu, native
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.linear import multiply, pack, packed_linear
 
 GROUPS = (32, 64, 128)  # inputs that share a scale of 4 bits
@@ -93,6 +94,7 @@ def quantized_linear(x: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | N
     elif gpu.serves(x) and x.device == q.values.device:
         out = _triton(rows, q, bias)
     else:
+        took("quantized linear", TORCH)
         whole = dequantize(q, x.dtype)
         packed = pack(whole)
         out = F.linear(rows, whole, bias) if packed is None else packed_linear(rows, packed, bias)
@@ -215,15 +217,16 @@ def _native_takes(shape: torch.Size) -> bool:
 
 
 def _native(rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    took("quantized linear", NATIVE)
     if rows.dtype == torch.float16:
         return _native(rows.float(), q, None if bias is None else bias.float()).half()
-    rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
     return multiply(
-        rows, q.values.data_ptr(), q.shape, bias, scales=q.scales.data_ptr(), group=q.group, bits=q.bits
+        rows, q.values.data_ptr(), *q.shape, bias, scales=q.scales.data_ptr(), group=q.group, bits=q.bits
     )
 
 
 def _triton(rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    took("quantized linear", TRITON)
     from rlhf.kernels import quantized_triton
 
     return quantized_triton.quantized_linear(rows, q.values, q.scales, bias, bits=q.bits, group=q.group)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rlhf.kernels.gpu import launch
+
 _OUTS, _ROWS = 64, 32  # outputs and rows of a tile
 _STEP = 64  # inputs of one turn of the loop, at most; for 4 bits that many of each half, of one group
 _FULL = 256  # programs that fill a GPU, about
@@ -114,12 +116,16 @@ def quantized_linear(
     split = segments > 1 and rows <= _FEW
     to = torch.empty(segments, rows, outs, dtype=torch.float32, device=x.device) if split else out
     given = x if bias is None else bias
-    _forward[(blocks, triton.cdiv(rows, _ROWS), segments if split else 1)](
+    launch(
+        _forward, (blocks, triton.cdiv(rows, _ROWS), segments if split else 1),
         x, values, scales, given, to, rows, outs, inner, width, length,
         bits, bias is not None, split, _OUTS, _ROWS, step, group, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if split:
-        _join[(triton.cdiv(out.numel(), _JOINED),)](
-            to, scales, given, out, out.numel(), outs, segments, bits, bias is not None, _JOINED, num_warps=4
-        )
+        launch(
+            _join, (triton.cdiv(out.numel(), _JOINED),),
+            to, scales, given, out, out.numel(), outs, segments, bits, bias is not None, _JOINED, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "builtin.h"
 #include "lanes.h"
 
 namespace {
@@ -43,3 +44,5 @@ void rotary(const void* x, const void* cos, const void* sin, void* out, int64_t 
   run(x, cos, sin, out, tokens, heads, dim, x_token, out_token, threads);
 }
 }
+
+BUILTIN(rotary)

@@ -15,6 +15,7 @@ import torch
 
 from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.layout import compute_dtype, heads_together
 from rlhf.kernels.threads import serial, worth
 
@@ -43,6 +44,8 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     if x.dim() != 3 or not cos.shape == sin.shape == (x.shape[0], x.shape[2]) or x.shape[2] % 2:
         shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
         raise ValueError(f"{shapes}: x must be (N, heads, D) with an even D, cos and sin (N, D)")
+    if not x.device == cos.device == sin.device:
+        raise ValueError(f"x on {x.device}, cos on {cos.device}, sin on {sin.device} must be on one device")
 
 
 def _rotate(
@@ -66,6 +69,7 @@ def _fast(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Callable[...
 def _triton(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor, transposed: bool = False
 ) -> torch.Tensor:
+    took("rotary", TRITON)
     from rlhf.kernels import rotary_triton
 
     return rotary_triton.rotary(x, cos.contiguous(), sin.contiguous(), out=out, transposed=transposed)
@@ -74,9 +78,10 @@ def _triton(
 def _native(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor, transposed: bool = False
 ) -> torch.Tensor:
+    took("rotary", NATIVE)
     tokens, heads, dim = x.shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    run = native.function("rotary", "rotary", "ppppiiiiiiii")
+    run = native.function("rotary", "rotary")
     run(
         *(t.data_ptr() for t in (x, cos, sin, out)),
         tokens,
@@ -94,6 +99,7 @@ def _native(
 def _torch(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
+    took("rotary", TORCH)
     half, dtype = x.shape[-1] // 2, compute_dtype(x.dtype)
     with serial(x.numel()):
         x_wide, cos, sin = x.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)

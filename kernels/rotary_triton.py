@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rlhf.kernels.gpu import launch, token_step
+
 _PAIRS = 1024  # half-pairs of one program, about
 
 
@@ -50,7 +52,8 @@ def rotary(
     if x.numel():
         half = 1 << max(dim // 2 - 1, 7).bit_length()
         rows = max(1, _PAIRS // half)
-        _rotary[(triton.cdiv(tokens * heads, rows),)](
-            x, cos, sin, out, tokens * heads, heads, dim, x.stride(0), out.stride(0), transposed, rows, half, num_warps=4
+        launch(
+            _rotary, (triton.cdiv(tokens * heads, rows),),
+            x, cos, sin, out, tokens * heads, heads, dim, token_step(x), token_step(out), transposed, rows, half, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "builtin.h"
 #include "lanes.h"
 
 namespace {
@@ -425,3 +426,5 @@ void sample_rows(const void* logits, const int64_t* keys, const int64_t* positio
   (is_bf16 ? draw<Bf16> : draw<float>)(call, threads);
 }
 }
+
+BUILTIN(sample_rows)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.kernels import gpu, native
+from rlhf.kernels.form import NATIVE, TORCH, TRITON, took
 from rlhf.kernels.logprob import token_logprobs
 from rlhf.kernels.random import exponentials, random_bits, token_words
 from rlhf.kernels.threads import worth
@@ -193,13 +194,14 @@ def _native(
     cuts: _Cuts,
     banned: Banned | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    took("sampling", NATIVE)
     rows, width = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64)
     processed = torch.zeros(rows) if cuts.any or banned is not None else None
     lists = (None, None) if banned is None else _by_row(banned, rows)
     given = (keys, positions, temperature, cuts.top_k, cuts.top_p, cuts.log_min_p)
     given = [None if x is None else x.contiguous() for x in given]  # names keep them alive during the call
-    run = native.function("sampling", "sample_rows", "pppppppppppiiii")
+    run = native.function("sampling", "sample_rows")
     run(
         *map(native.address, (logits, *given, *lists, tokens, processed)),
         rows,
@@ -227,6 +229,7 @@ def _triton(
     cuts: _Cuts,
     banned: Banned | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    took("sampling", TRITON)
     from rlhf.kernels import sampling_triton
 
     allowed = _without(logits, banned)
@@ -253,6 +256,7 @@ def _torch(
     cuts: _Cuts,
     banned: Banned | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    took("sampling", TORCH)
     allowed, bits = _without(logits, banned), random_bits(keys, positions)
     tokens = torch.empty_like(keys)
     processed = torch.empty_like(temperature) if cuts.any or banned is not None else None

@@ -19,7 +19,7 @@ import transformers
 
 from rlhf.checkpoint import load_tensors, save_tensors
 from rlhf.faults import at_step, fault_point
-from rlhf.kernels import native
+from rlhf.kernels import form, native
 from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
 from rlhf.models.linear import weights_changed
@@ -292,8 +292,8 @@ class Worker(WeightMethods):
     # -- every role ----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Facts: number of parameters, bytes of a checkpoint and of the model, in what form the kernels run and how exact the
-        engine is here."""
+        """Facts: number of parameters, bytes of a checkpoint and of the model, in what form the kernels run (`forms`: which
+        ran in the engine's probe) and how exact the engine is here."""
         models = [t.module for t in self._trained.values()] or [*self._frozen.values()]
         models += [self.engine.model] if self.engine is not None else []
         parameters = list(models[0].parameters()) if models else []  # a reference may wait to be loaded
@@ -310,7 +310,9 @@ class Worker(WeightMethods):
         elif "reference" in self._sinks:
             facts["checkpoint_bytes"] += sum(_num_bytes(p) for p in self._frozen["reference"].parameters())
         if self.engine is not None:
+            form.forget()
             facts["exactness"] = probe_exactness(self.engine.model)
+            facts["forms"] = form.told()
         return facts
 
     def set_step(self, step: int) -> None:

@@ -38,6 +38,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     if dtype == torch.bfloat16:
         yield from _write_calls(dtype)
         yield from _masked_calls(dtype)
+        yield from _calls(dtype, 128, window=128)
 
 
 def checks(quick: bool) -> Iterator[Check]:
@@ -58,15 +59,19 @@ def timings(top: dict[str, float]) -> Iterator[Timing]:
                 yield _decode(top, batch, context, dim, heads, kv_heads, stored)
         for length in (2048, 8192):
             yield from _prefill(top, length, dim, heads, kv_heads)
+        yield _mixed(top, 32, 8192, dim, heads, kv_heads)
     for tokens in (256, 8192):
         for stored in (None, *FORMATS):
             yield _written(top, tokens, 128, 16, 8, stored)
 
 
-def _calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _calls(
+    dtype: torch.dtype, dim: int, window: int | None = None
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     q, k = (torch.zeros(1000, heads, dim, dtype=dtype) for heads in (8, 2))
     pages, table = torch.zeros(40, 2, 64, dim, dtype=dtype), torch.arange(40)[:22].view(2, 11)
-    options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None}
+    options = {"scale": 0.1, "window": window, "softcap": None, "sinks": None}
+    about = dim if window is None else f"{dim}, a window of {window}"
     pack, chunks, decode = (
         Plan([700, 300], [700, 300]),
         Plan([300, 20], [700, 300], page_table=table, page_tokens=64),
@@ -74,13 +79,13 @@ def _calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any
     )
     logs = torch.zeros(1000, 8)
     forward = functools.partial(attention_triton.forward, share_out=True)
-    yield f"attention {dim}", lambda: forward(q, k, k, pack, **options)
+    yield f"attention {about}", lambda: forward(q, k, k, pack, **options)
     yield (
-        f"attention backward {dim}",
+        f"attention backward {about}",
         lambda: attention_triton.gradients(q, k, k, q, logs, q, pack, **options),
     )
-    yield f"attention, chunks of pages {dim}", lambda: forward(q[:320], pages, pages, chunks, **options)
-    yield f"attention, decode {dim}", lambda: forward(q[:2], pages, pages, decode, **options)
+    yield f"attention, chunks of pages {about}", lambda: forward(q[:320], pages, pages, chunks, **options)
+    yield f"attention, decode {about}", lambda: forward(q[:2], pages, pages, decode, **options)
 
 
 def _quantised_calls(dtype: torch.dtype, dim: int = 128) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -138,7 +143,7 @@ def _values(dtype: torch.dtype, tolerance: float, quick: bool) -> Iterator[Check
     options: list[dict[str, Any]] = (
         [{}, {"window": 20}] if quick else [{}, {"window": 100}, {"softcap": 20.0}]
     )
-    for dim in (64,) if quick else (64, 96, 128, 256):
+    for dim in (64,) if quick else (64, 96, 128, 192, 256):
         for heads, kv_heads in ((4, 2),) if quick else ((4, 4), (8, 2), (5, 1)):
             n = sum(lens)
             q, k, v = (
@@ -190,15 +195,24 @@ def _bits(dtype: torch.dtype, quick: bool, stored: str | None = None) -> Iterato
         own = slice(start, start + length)
         got = attend_packed(q[own], k[own], v[own], Plan([length], [length], device=DEVICE), scale=scale)
         yield same(f"attention {kind(dtype)}, sequence {alone} alone", got, packed[own])
-    for chunk in (300,) if quick else (1, 2, 64, 100, 300):
-        # the last `chunk` tokens of every sequence
-        counts = [min(chunk, length) for length in lens]
+    steps = {  # how many of every sequence's last tokens
+        f"the last {chunk}": [min(chunk, length) for length in lens]
+        for chunk in ((300,) if quick else (1, 2, 64, 100, 300))
+    }
+    steps["decoding beside chunks"] = [min(1 if s % 2 else 200, length) for s, length in enumerate(lens)]
+    for name, counts in steps.items():
         plan = Plan(counts, lens, page_table=table, page_tokens=page, device=DEVICE)
         own = torch.cat(
             [torch.arange(s + length - c, s + length) for s, length, c in zip(starts, lens, counts)]
         ).to(DEVICE)
         got = attend_paged(q[own], k_pages, v_pages, plan, scale=scale, kv_scales=scales)
-        yield same(f"attention {about}, the last {chunk} from pages", got, packed[own])
+        yield same(f"attention {about}, {name} from pages", got, packed[own])
+    if stored is None:
+        v = v.clone()
+        v[starts[-1] + lens[-1] // 2] = torch.inf
+        got = attend_packed(q, k, v, Plan(lens, lens, device=DEVICE), scale=scale)
+        before = starts[-1] + lens[-1] // 2
+        yield same(f"attention {about}, before an infinite value", got[:before], packed[:before])
 
 
 def _pages(
@@ -291,6 +305,27 @@ def _decode(
     goal = GOALS["decode attention"] if batch >= 32 else None
     shape = f"{batch} x {context}, {heads}/{kv_heads} x {dim}{f', {stored}' if stored else ''}"
     return Timing("decode attention", shape, ms, share, goal, "SDPA, bf16, no pages", other / ms)
+
+
+def _mixed(
+    top: dict[str, float], batch: int, context: int, dim: int, heads: int, kv_heads: int, page: int = 64
+) -> Timing:
+    """Decoding beside a chunk of a prompt in one step, against the two by themselves."""
+    chunk, num_pages = 512, (batch + 1) * context // page
+    pages = [made(num_pages, kv_heads, page, dim, seed=i) for i in (1, 2)]
+    table, q = torch.arange(num_pages).view(batch + 1, -1), made(batch + chunk, heads, dim)
+    queries, contexts = [1] * batch + [chunk], [context] * batch + [2 * chunk]
+
+    def time_of(first: int, end: int, rows: slice) -> float:
+        own = slice(first, end)
+        plan = Plan(queries[own], contexts[own], page_table=table[own], page_tokens=page, device=DEVICE)
+        return time_ms(lambda: attend_paged(q[rows], *pages, plan, scale=dim**-0.5))
+
+    ms = time_of(0, batch + 1, slice(None))
+    apart = time_of(0, batch, slice(batch)) + time_of(batch, batch + 1, slice(batch, None))
+    share = batch * context * kv_heads * dim * 2 * 2 / ms / top["copy"]
+    shape = f"{batch} x {context} and {chunk}, {heads}/{kv_heads} x {dim}"
+    return Timing("decode beside a chunk", shape, ms, share, None, "apart", apart / ms)
 
 
 def _written(

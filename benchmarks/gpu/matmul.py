@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.measure import DEVICE, TOLERANCES, Check, Timing, close, kind, made, same, time_ms
 from rlhf.kernels import linear_logprob_triton, logprob_triton, matmul_triton
-from rlhf.kernels.linear import linear
+from rlhf.kernels.linear import can_join, joined_linear, linear
 from rlhf.kernels.linear_logprob import linear_logprobs
 from rlhf.kernels.logprob import token_logprobs
 
@@ -20,6 +20,7 @@ GOALS = {
     "linear_logprobs, of F.linear's rate": 1 / 1.1,
 }
 _MEMORY = 0.1  # of the logits: most that log-probs may take beside the gradients, backward included
+_JOINED = (((4096, 1024, 1024), 4096), ((12288, 12288), 4096), ((2048, 1024, 1024), 1024))  # outs, in
 _WEIGHTS = ((12288, 4096), (4096, 4096), (4096, 12288), (151936, 1024))  # (out, in)
 
 
@@ -63,10 +64,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def checks(quick: bool) -> Iterator[Check]:
     for dtype, tolerance in TOLERANCES.items():
-        if DEVICE == "cpu" and dtype == torch.bfloat16:
-            continue  # the interpreter multiplies the 16 bits of bf16 as they are
         yield from _values(dtype, tolerance, quick)
         yield from _bits(dtype, quick)
+        yield from _joined_bits(dtype, quick)
         yield from _logprob_bits(dtype, quick)
     if DEVICE != "cpu" and not quick:
         yield _memory(8192, 151936, 1024)
@@ -81,6 +81,9 @@ def timings(top: dict[str, float]) -> Iterator[Timing]:
             if columns > 100_000:
                 yield from _logprobs(rows, weight)
         del weight
+    for outs, inner in _JOINED:
+        for rows in (1, 16, 64):
+            yield _joined(top, rows, outs, inner)
 
 
 def _values(dtype: torch.dtype, tolerance: float, quick: bool) -> Iterator[Check]:
@@ -129,6 +132,19 @@ def _bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
                 yield same(name, part, whole[first : first + rows])
 
 
+def _joined_bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
+    """One product with weights one below another has the bits of each one's own."""
+    for outs, inner in (((72, 40, 40), 2100),) if quick else _JOINED:
+        whole = made(sum(outs), inner, dtype=dtype, seed=1)
+        weights = whole.split(outs)
+        name = f"joined linear {' + '.join(map(str, outs))} x {inner} {kind(dtype)}"
+        yield Check(f"{name} can be", can_join(weights), "its weights are cut into segments of their own")
+        for rows in (1, 5) if quick else (1, 7, 64, 65, 300, 2048):
+            x = made(rows, inner, dtype=dtype)
+            parts = torch.cat([linear(x, w) for w in weights], -1)
+            yield same(f"{name}, {rows} rows", joined_linear(x, whole, None, whole=outs[0]), parts)
+
+
 def _logprob_bits(dtype: torch.dtype, quick: bool) -> Iterator[Check]:
     """Log-probs from hidden states are those of the logits, at every number of rows."""
     sizes = ((600, 40),) if quick else ((151936, 1024), (5000, 4096), (32000, 4096))
@@ -172,6 +188,19 @@ def _product(top: dict[str, float], rows: int, weight: torch.Tensor) -> Timing:
     else:
         name, share = "linear, of F.linear's rate", other / ms
     return Timing(name, shape, ms, share, GOALS[name], "F.linear", other / ms)
+
+
+def _joined(top: dict[str, float], rows: int, outs: tuple[int, ...], inner: int) -> Timing:
+    x, whole = made(rows, inner), made(sum(outs), inner, seed=1)
+    weights = whole.split(outs)
+    ms = time_ms(lambda: joined_linear(x, whole, None, whole=outs[0]))
+    apart = time_ms(lambda: [linear(x, w) for w in weights])
+    shape = f"{rows} x {' + '.join(map(str, outs))} x {inner}"
+    share = whole.nbytes / ms / top["copy"]
+    goal = (
+        GOALS["linear, weight's bytes"] if sum(outs) > 6000 else None
+    )  # smaller ones are over before memory is busy
+    return Timing("joined linear, weights' bytes", shape, ms, share, goal, "one by one", apart / ms)
 
 
 def _logprobs(rows: int, weight: torch.Tensor) -> Iterator[Timing]:

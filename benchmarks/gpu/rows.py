@@ -29,10 +29,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"rms_norm backward {width}",
             lambda x=x, w=w: norm_triton.gradients(x, w, _EPS, x, (True, True)),
         )
-    for gelu, name in ((False, "swiglu"), (True, "geglu")):
-        g = make(64, 4096)
-        yield name, lambda g=g, gelu=gelu: activation_triton.gated(g, g, gelu=gelu)
-        yield f"{name} backward", lambda g=g, gelu=gelu: activation_triton.gradients(g, g, g, gelu=gelu)
+    for gelu, erf, name in ((False, False, "swiglu"), (True, False, "geglu"), (True, True, "geglu of erf")):
+        g, kind = make(64, 4096), {"gelu": gelu, "erf": erf}
+        yield name, lambda g=g, kind=kind: activation_triton.gated(g, g, **kind)
+        yield f"{name} backward", lambda g=g, kind=kind: activation_triton.gradients(g, g, g, **kind)
     for dim in (64, 128, 256):
         x, cos = make(64, 8, dim), make(64, dim)
         for back in (False, True):
@@ -48,8 +48,9 @@ def checks(quick: bool) -> Iterator[Check]:
             name = f"rms_norm {width} {kind(dtype)}"
             yield from close(name, lambda x, w: rms_norm(x, w, _EPS), x, w, tolerance=tolerance)
         g, u = made(rows, 1000, dtype=dtype), made(rows, 1000, dtype=dtype, seed=1)
-        for gated in (swiglu, geglu):
-            yield from close(f"{gated.__name__} {kind(dtype)}", gated, g, u, tolerance=tolerance)
+        gates = {"swiglu": swiglu, "geglu": geglu, "geglu of erf": functools.partial(geglu, tanh=False)}
+        for name, gated in gates.items():
+            yield from close(f"{name} {kind(dtype)}", gated, g, u, tolerance=tolerance)
         for dim in (64, 128):
             x = made(rows, 4, dim, dtype=dtype)
             cos, sin = made(rows, dim, dtype=dtype), made(rows, dim, dtype=dtype, seed=2)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf.kernels.activation import swiglu
 from rlhf.kernels.attention import Plan
-from rlhf.kernels.linear import can_pack, pack, packed_linear
+from rlhf.kernels.linear import can_join, joined_linear, one_below_another, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
 from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
 from rlhf.kernels.rotary import rotate_
@@ -228,14 +228,15 @@ class _Layer:
 
 
 class _Joined:
-    """Linears of one input as one product: (N, in) -> (N, sum of outs). What cannot be packed runs one by one."""
+    """Linears of one input as one product: (N, in) -> (N, sum of outs). What cannot be joined runs one by one."""
 
     def __init__(self, at: str, **linears: nn.Module) -> None:
         """`at` is the path of the module that they are in."""
         self.linears = list(linears.values())
         self.paths = [(f"{at}.{name}", m.out_features) for name, m in linears.items()]
         self.bits: int | None = None  # 8 or 4: of a copy that is made of the weights; None: all of theirs
-        self._packed: torch.Tensor | None = None
+        self._packed: torch.Tensor | None = None  # on a CPU
+        self._weight: torch.Tensor | None = None  # on a GPU; no copy of weights that `lay_together` laid
         self._quantized: QuantizedWeight | None = None
         self._bias: torch.Tensor | None = None
         self._source: tuple[Any, ...] | None = None
@@ -248,16 +249,18 @@ class _Joined:
             return
         self.drop_pack()
         if source is not None:
-            weight = torch.cat([m.weight.detach() for m in self.linears])
-            if self.bits is None:
-                self._packed = pack(weight)
-            else:
+            weight = one_below_another([m.weight for m in self.linears])
+            if self.bits is not None:
                 self._quantized = quantize(weight, self.bits)
+            elif (packed := pack(weight)) is not None:
+                self._packed = packed
+            else:
+                self._weight = weight
             self._bias = None if tensors[1] is None else torch.cat([m.bias.detach() for m in self.linears])
             self._source = source
 
     def drop_pack(self) -> None:
-        self._packed = self._quantized = self._bias = self._source = None
+        self._packed = self._weight = self._quantized = self._bias = self._source = None
 
     def __call__(self, x: torch.Tensor, adapters: AdapterRows = ()) -> torch.Tensor:
         out = self._product(x)
@@ -268,23 +271,25 @@ class _Joined:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._quantized is not None:
             return quantized_linear(x, self._quantized, self._bias)
-        if self._packed is None:
-            return (
-                self.linears[0](x) if len(self.linears) == 1 else torch.cat([m(x) for m in self.linears], -1)
-            )
-        return packed_linear(x, self._packed, self._bias)
+        if self._packed is not None:
+            return packed_linear(x, self._packed, self._bias)
+        if self._weight is not None:
+            return joined_linear(x, self._weight, self._bias, whole=self.linears[0].out_features)
+        return self.linears[0](x) if len(self.linears) == 1 else torch.cat([m(x) for m in self.linears], -1)
 
     def can_join(self) -> bool:
         first, bits = self.linears[0], self.bits
         if bits is None and len(self.linears) == 1:
             return False  # the module has its own pack
-        return all(
+        if not all(
             type(m) is InvariantLinear
-            and (can_pack(m.weight) if bits is None else can_quantize(tuple(m.weight.shape), bits))
             and m.weight.dtype == first.weight.dtype
             and (m.bias is None) == (first.bias is None)
             for m in self.linears
-        )
+        ):
+            return False
+        weights = [m.weight for m in self.linears]
+        return can_join(weights) if bits is None else all(can_quantize(tuple(w.shape), bits) for w in weights)
 
 
 def _normed(x: torch.Tensor, norm: FastRMSNorm, change: torch.Tensor | None) -> torch.Tensor:

@@ -26,6 +26,7 @@ from rlhf.model_files import local_folder, read_config_json, weight_files
 from rlhf.models import attention
 from rlhf.models.build import build_model, build_tokenizer
 from rlhf.models.head import prepare_head
+from rlhf.models.linear import lay_together
 from rlhf.models.swap import swap_modules
 from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
 from rlhf.rng import key
@@ -170,6 +171,8 @@ def prepare(
         prepare_head(model)
     if trainable and model_config.gradient_checkpointing:
         attention.enable_gradient_checkpointing(model)
+    if invariant and torch.device(device).type == "cuda":
+        lay_together(model, device)
     return model.to(device).train(trainable)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUTanh, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from rlhf.kernels.activation import geglu, gelu_tanh, silu, swiglu
+from rlhf.kernels.activation import geglu, gelu, gelu_tanh, silu, swiglu
 from rlhf.kernels.linear import PackedWeight
 from rlhf.kernels.norm import rms_norm, stock_form
 from rlhf.kernels.rotary import rotate
@@ -37,6 +37,11 @@ class InvariantGeluTanh(nn.Module):
         return gelu_tanh(x)
 
 
+class InvariantGelu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu(x)
+
+
 class FastRMSNorm(nn.Module):
     """Llama's RMSNorm. Made by `swap_modules` from a module that computes the same."""
 
@@ -54,15 +59,27 @@ class GatedMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class GatedGeluMLP(nn.Module):
+class GatedGeluTanhMLP(nn.Module):
     """Gemma's MLP, with tanh-GELU. Made by `swap_modules` from a module that computes the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
-ACTIVATIONS = {nn.SiLU: InvariantSilu, SiLUActivation: InvariantSilu, GELUTanh: InvariantGeluTanh}
-_GATED_BY = {InvariantSilu: GatedMLP, InvariantGeluTanh: GatedGeluMLP}
+class GatedGeluMLP(nn.Module):
+    """The same with the exact GELU. Made by `swap_modules` from a module that computes the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x), tanh=False))
+
+
+ACTIVATIONS = {
+    nn.SiLU: InvariantSilu,
+    SiLUActivation: InvariantSilu,
+    GELUTanh: InvariantGeluTanh,
+    GELUActivation: InvariantGelu,
+}
+_GATED_BY = {InvariantSilu: GatedMLP, InvariantGeluTanh: GatedGeluTanhMLP, InvariantGelu: GatedGeluMLP}
 
 
 def swap_modules(model: nn.Module) -> int:

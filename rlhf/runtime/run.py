@@ -338,6 +338,8 @@ def _report_exactness(recipe: Recipe, described: Sequence[Mapping[str, Any]], tr
     exact = recipe.runtime.deterministic and bool(reports) and alike and all(r.exact for r in reports)
     forms = sorted({d["kernels"] for d in described})
     tracker.add_facts({"parameters": f"{parameters:,}", "kernels": " and ".join(forms)})
+    if ran := sorted({d["forms"] for d in described if "forms" in d}):
+        tracker.add_facts({"forms of the operations": "; ".join(ran)})
     if reports:
         tracker.add_facts({"log-probs of engine and trainer bitwise equal": exact})
     if recipe.runtime.deterministic and reports and not exact and not recipe.rollout.is_rounded:

@@ -1,12 +1,19 @@
 """Activations: a row's values at every number of rows, and gradients."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.kernels.activation import geglu, gelu_tanh, silu, swiglu
+from rlhf.kernels.activation import geglu, gelu, gelu_tanh, silu, swiglu
 
-FUNCTIONS = {silu: F.silu, gelu_tanh: lambda x: F.gelu(x, approximate="tanh")}
+FUNCTIONS = {silu: F.silu, gelu: F.gelu, gelu_tanh: lambda x: F.gelu(x, approximate="tanh")}
+GATED = {
+    "swiglu": (swiglu, F.silu),
+    "geglu": (geglu, lambda x: F.gelu(x, approximate="tanh")),
+    "geglu of erf": (functools.partial(geglu, tanh=False), F.gelu),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,50 +48,52 @@ EXTREMES = [-1e30, -1e4, -100.0, -88.0, -1e-30, 0.0, 1e-30, 100.0, 1e4, 1e30]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("width", [10, 48, 512])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_swiglu_and_geglu_values_and_gradients(gelu, width, dtype, form):
+@pytest.mark.parametrize("name", GATED)
+def test_swiglu_and_geglu_values_and_gradients(name, width, dtype, form):
     """Would catch: a wrong derivative, up and gate exchanged, an overflow of e^-x far from zero."""
     generator = torch.Generator().manual_seed(0)
     gate, up, grad = (torch.randn((9, width), generator=generator) * 4 for _ in range(3))
     gate[0, :10] = torch.tensor(EXTREMES)
+    gelu = name != "swiglu"
     if gelu:
         gate = gate.clamp(-1e4, 1e4)  # whose cube is a number
     gate, up, grad = (x.to(dtype) for x in (gate, up, grad))
     wide = [x.double().requires_grad_() for x in (gate, up)]
-    want = (F.gelu(wide[0], approximate="tanh") if gelu else F.silu(wide[0])) * wide[1]
+    run, activation = GATED[name]
+    want = activation(wide[0]) * wide[1]
     wanted = torch.autograd.grad(want, wide, grad.double())
     leaves = [x.clone().requires_grad_() for x in (gate, up)]
-    run = geglu if gelu else swiglu
     got = run(*leaves)
     assert torch.equal(got, run(gate, up))
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float64: 1e-12}[dtype]
-    tolerance *= (
-        50 if gelu and dtype == torch.float32 else 1
-    )  # 1 + tanh of a negative number has few digits left
+    if gelu and dtype == torch.float32:  # 1 + tanh of a negative number has few digits left
+        tolerance *= 3 if form == "native" and width % 16 == 0 else 50
     for a, b in zip((got, *torch.autograd.grad(got, leaves, grad)), (want, *wanted)):
         assert a.dtype == dtype and torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [10, 48, 512])
-def test_swiglu_row_does_not_depend_on_its_neighbours(width, dtype, form, shared_out):
+@pytest.mark.parametrize("name", GATED)
+def test_a_row_does_not_depend_on_its_neighbours(name, width, dtype, form, shared_out):
     """Would catch: other bits for gate and up out of one product, for few rows, or on more threads."""
+    run, activation = GATED[name]
     generator = torch.Generator().manual_seed(0)
     together = torch.randn((2000, 2 * width), generator=generator).to(dtype)
     gate, up = together.chunk(2, -1)
-    whole = swiglu(gate.contiguous(), up.contiguous())
-    want = F.silu(gate.double()) * up.double()
-    assert torch.allclose(whole.double(), want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-    assert torch.equal(whole, swiglu(gate, up))
-    assert torch.equal(whole, torch.cat([swiglu(g, u) for g, u in zip(gate.split(7), up.split(7))]))
+    whole = run(gate.contiguous(), up.contiguous())
+    want = activation(gate.double()) * up.double()
+    assert torch.allclose(whole.double(), want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=4e-6)
+    assert torch.equal(whole, run(gate, up))
+    assert torch.equal(whole, torch.cat([run(g, u) for g, u in zip(gate.split(7), up.split(7))]))
     for shape in ((20, 100, -1), (20, 1, 100, -1)):
         folded = together.view(shape)
         for rows in (folded, folded.transpose(0, -2)):
-            got = swiglu(*rows.chunk(2, -1))
-            assert torch.equal(got, swiglu(*(x.contiguous() for x in rows.chunk(2, -1))))
-        assert torch.equal(swiglu(*folded.chunk(2, -1)).flatten(0, -2), whole)
-    assert torch.equal(swiglu(gate[::3], up[::3]), whole[::3])
-    assert torch.equal(swiglu(gate[:1].expand(5, -1), up[:5]), swiglu(gate[:1].repeat(5, 1), up[:5]))
+            got = run(*rows.chunk(2, -1))
+            assert torch.equal(got, run(*(x.contiguous() for x in rows.chunk(2, -1))))
+        assert torch.equal(run(*folded.chunk(2, -1)).flatten(0, -2), whole)
+    assert torch.equal(run(gate[::3], up[::3]), whole[::3])
+    assert torch.equal(run(gate[:1].expand(5, -1), up[:5]), run(gate[:1].repeat(5, 1), up[:5]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -100,3 +109,9 @@ def test_swiglu_of_unlike_shapes_is_refused(form):
     """Would catch: memory beyond the smaller one's end."""
     with pytest.raises(ValueError, match=r"gate \(4, 16\) and up \(1, 16\)"):
         swiglu(torch.ones(4, 16), torch.ones(1, 16))
+    for gated in (swiglu, geglu):
+        for up in (torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(4, 16, device="meta")):
+            with pytest.raises(
+                ValueError, match=r"gate \(4, 16\) .*up \(4, 16\) .*one dtype and lie on one device"
+            ):
+                gated(torch.ones(4, 16), up)

@@ -156,6 +156,12 @@ def compare_with_slow(inputs, dtype, options, tolerance, grad_tolerance):
         assert torch.allclose(a.double(), b, atol=grad_tolerance, rtol=tolerance)
 
 
+def test_gradients_of_wide_heads_in_bf16():
+    """Would catch: gradients of keys or values that are lost where they are not added up together."""
+    inputs = [x.bfloat16().double() for x in make(LENGTHS, (2, 1), torch.float64, dim=160)]
+    compare_with_slow(inputs, torch.bfloat16, {"window": 20}, 4e-2, 4e-1)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_threads_change_no_bit(shared, monkeypatch):
     """Would catch: rows that two threads write, or gradients in the order in which threads come."""
@@ -348,18 +354,46 @@ def test_other_sequences_are_not_touched_by_nan():
     assert torch.equal(got[keep], expected[keep]) and torch.isnan(got[7:19]).all()
 
 
-@pytest.mark.parametrize("window", [None, 3, 9])
-def test_what_a_row_does_not_see_does_not_reach_it(window, form):
-    """Would catch: rows that are worked on together and multiply another's value by 0."""
-    if form != "native":
-        pytest.skip("masked values are multiplied by 0 there")
-    q, k, v = make([40], (4, 2), dim=32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3, 9, 17])
+def test_what_a_row_does_not_see_does_not_reach_it(window, dtype):
+    """Would catch: rows that are worked on together and multiply another's value by 0, or add its score to a mask."""
+    q, k, v = make([40], (4, 2), dtype, dim=32)
     expected = packed_attention(q, k, v, [0, 40], scale=0.3, window=window)
-    v[20] = float("inf")
-    got = packed_attention(q, k, v, [0, 40], scale=0.3, window=window)
     sees = torch.zeros(40, dtype=torch.bool)
-    sees[20 : 40 if window is None else 20 + window] = True
-    assert torch.equal(got[~sees], expected[~sees]) and not torch.isfinite(got[sees]).any()
+    for at in (5, 39):
+        sees[at : 40 if window is None else at + window] = True
+    for spoilt, value in ((v, float("inf")), (v, float("nan")), (k, float("nan"))):
+        kept = spoilt.clone()
+        spoilt[[5, 39], 1, 5] = value  # of the second key head only
+        got = packed_attention(q, k, v, [0, 40], scale=0.3, window=window)
+        assert torch.equal(got[~sees], expected[~sees]) and torch.equal(got[:, :2], expected[:, :2])
+        assert not torch.isfinite(got[sees][:, 2:]).all(-1).any()
+        pages = Pages(k, v, [40], 16)
+        for first, count in ((0, 12), (12, 20), (19, 1), (30, 10), (39, 1)):  # in chunks
+            own = slice(first, first + count)
+            chunk = pages.attend(q[own], [count], [first + count], scale=0.3, window=window)
+            assert torch.equal(chunk[~sees[own]], expected[own][~sees[own]])
+            assert not torch.isfinite(chunk[sees[own]][:, 2:]).all(-1).any()
+        spoilt.copy_(kept)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_what_a_row_does_not_see_of_quantised_pages_does_not_reach_it(stored):
+    """Would catch: the scale NaN of a later token that is multiplied by 0."""
+    q, k, v = make([40], (4, 2), dim=32)
+    v[20, 1] = float("nan")
+    pages, scales = (
+        [torch.zeros(3, 2, 16, 32, dtype=stored) for _ in "kv"],
+        [torch.zeros(3, 2, 16) for _ in "kv"],
+    )
+    write_kv(*pages, k, v, torch.arange(40), kv_scales=tuple(scales))
+    for first, count in ((0, 40), (12, 20), (19, 1), (30, 10)):
+        plan = Plan([count], [first + count], page_table=[[0, 1, 2]], page_tokens=16)
+        got = attend_paged(q[first : first + count], *pages, plan, scale=0.3, kv_scales=tuple(scales))
+        finite = torch.isfinite(got).all(-1)
+        assert finite[:, :2].all() and finite[: max(20 - first, 0)].all()
+        assert not finite[max(20 - first, 0) :, 2:].any()
 
 
 def test_impossible_plans_are_refused():
@@ -370,6 +404,12 @@ def test_impossible_plans_are_refused():
         Plan([1], [2])
     with pytest.raises(ValueError, match="page_tokens=24"):
         Plan([1], [2], page_table=[[0]], page_tokens=24)
+    for start in (-1, 3):
+        with pytest.raises(ValueError, match="a prefix must lie before"):
+            Plan([4, 2], [4, 4], prefix_starts=[0, start])
+    for queries, repeats in (([1], -1), ([], 1)):
+        with pytest.raises(ValueError, match=f"num_repeats={repeats} copies"):
+            Plan(queries, queries, num_repeats=repeats)
     with pytest.raises(ValueError, match="33 positions does not fit the page_table of 2 pages of 16"):
         Plan([1, 1], [3, 33], page_table=[[0, 1], [2, 3]], page_tokens=16)
 
@@ -379,7 +419,12 @@ def test_what_does_not_fit_the_plan_is_refused():
     q, k, v = make([8], (4, 2))
     for count in (7, 9):
         with pytest.raises(ValueError, match=f"8 tokens, and the plan has {count}"):
-            packed_attention(q, k, v, [0, count], scale=0.3)
+            attention.attend_packed(q, k, v, Plan([count], [count]), scale=0.3)
+    for starts in ([0, 7], [0, 9], [1, 8], [0, 5, 5, 8], [0, 5, 3, 8], [], [[0, 8]]):
+        with pytest.raises(ValueError, match=r"cu_seqlens .* for q \(8, 4, 16\)"):
+            packed_attention(q, k, v, starts, scale=0.3)
+    with pytest.raises(ValueError, match=r"k \(7, 2, 16\) has 7 tokens, and the plan has 8"):
+        attention.attend_packed(q, k[:7], v[:7], Plan([8], [8]), scale=0.3)
     with pytest.raises(ValueError, match="window=0 lets a query see nothing"):
         packed_attention(q, k, v, [0, 8], scale=0.3, window=0)
     with pytest.raises(ValueError, match="need the same heads"):
@@ -387,6 +432,12 @@ def test_what_does_not_fit_the_plan_is_refused():
     pages = torch.zeros(2, 2, 16, 16)
     with pytest.raises(ValueError, match="the last of them number 2"):
         paged_attention(q[:1], pages, pages, np.asarray([[2]]), [1], [0, 1], scale=0.3)
+    with pytest.raises(ValueError, match=r"query_starts .* for q \(1, 4, 16\)"):
+        paged_attention(q[:1], pages, pages, np.asarray([[1]]), [1], [0, 2], scale=0.3)
+    late = torch.zeros(2 * 2 * 16 * 16 + 1)[1:].view(2, 2, 16, 16)
+    for both in ((pages, late), (late, pages)):
+        with pytest.raises(ValueError, match="must begin at a multiple of 16 bytes"):
+            paged_attention(q[:1], *both, np.asarray([[1]]), [1], [0, 1], scale=0.3)
     with pytest.raises(ValueError, match="slots from 5 to 32 .* places 0 to 31"):
         write_kv(pages, pages.clone(), k[:2], v[:2], torch.tensor([5, 32]))
 
@@ -420,6 +471,39 @@ def test_segments_of_long_contexts_decode_in_the_bits_of_the_pack(window, dtype)
         rows = [row for end in ends for row in range(end - count, end)]
         got = attend_paged(q[rows], k_pages, v_pages, plan, scale=0.25, window=window)
         assert torch.equal(got, packed[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 140, "sinks": True}], ids=str)
+def test_a_mixed_step_gives_the_bits_of_the_pack(options, dtype, form, monkeypatch):
+    """Would catch: decoding beside a chunk of a prompt that walks a long context in one program, or has other bits there."""
+    lengths, queries = (
+        [300, 40, 290, 150, 33],
+        [1, 1, 3, 20, 33],
+    )  # decode, decode, drafts, a chunk, a whole prompt
+    if form == "triton":
+        from rlhf.kernels import attention_triton
+
+        monkeypatch.setattr(attention_triton, "SEGMENT", 128)
+    q, k, v = make(lengths, (2, 1), dtype)
+    options = {"scale": 0.3, **with_sinks(options, 2, torch.float32)}
+    packed = packed_attention(q, k, v, ends(lengths), **options)
+    pages = Pages(k, v, lengths, 32)
+    rows = [np.arange(end - n, end) for end, n in zip(ends(lengths)[1:], queries)]
+    step = np.concatenate(rows)
+    plan = Plan(queries, lengths, page_table=pages.table, page_tokens=32)
+    assert torch.equal(attend_paged(q[step], pages.k, pages.v, plan, **options), packed[step])
+    for s in (0, 2, 3):
+        alone = Plan(
+            queries[s : s + 1], lengths[s : s + 1], page_table=pages.table[s : s + 1], page_tokens=32
+        )
+        assert torch.equal(attend_paged(q[rows[s]], pages.k, pages.v, alone, **options), packed[rows[s]])
+    if form == "triton":
+        works = [x for x in plan.made.values() if isinstance(x, attention_triton.Work)]
+        (shared,) = (x for x in works if x.shares is not None)
+        (whole,) = (x for x in works if x.shares is None)
+        assert set(shared.items[:, 3].tolist()) == {0, 1, 2} and set(whole.items[:, 3].tolist()) == {3, 4}
+        assert int((shared.shares[:, 5] - shared.shares[:, 4]).max()) <= 128 < 290
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 290, "sinks": True}], ids=str)
@@ -516,7 +600,8 @@ def test_hidden_blocks_are_not_computed(form):
         work = attention_triton.work_of(plan, 2, None, tile)
         spans = work.ranges[:, 1] - work.ranges[:, 0]
         assert int(spans.max()) <= 256  # its own block, and the first where that is beside it
-        readers = work.readers[work.key_blocks[-1, 2] : work.key_blocks[-1, 3]].tolist()
+        keys = attention_triton.key_work_of(plan, tile.keys)
+        readers = keys.readers[keys.blocks[-1, 2] : keys.blocks[-1, 3]].tolist()
         assert readers == [[0, 896, 1024]]
     else:
         assert max(b.num_keys for b in plan.layout(2, 2, None).blocks) <= 256

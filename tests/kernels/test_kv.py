@@ -227,6 +227,22 @@ def test_pages_and_new_tokens_that_do_not_fit_are_refused():
         attend_paged(random(1, 2, 16), k_pages, v_pages, plan, scale=1.0)
 
 
+def test_heads_of_other_kinds_are_not_written_in_one_pass():
+    """Would catch: weights in fp32 that are taken for numbers of bf16."""
+    pytest.importorskip("triton")
+    q, k, cos = (random(*shape).bfloat16() for shape in ((2, 3, 32), (2, 1, 32), (2, 32)))
+    pages, rows, weights = torch.zeros(1, 1, 16, 32, dtype=torch.bfloat16), torch.arange(2), random(4, 32)
+
+    def refused(message, **given):
+        given = {"cos": cos, "sin": cos, "norm_weights": weights.bfloat16()} | given
+        with pytest.raises(ValueError, match=message):
+            norm_rotate_write(q, k, k, pages, pages.clone(), rows, **given)
+
+    refused("norm_weights torch.float32 on cpu must be alike", norm_weights=weights)
+    refused("sin torch.float32 on cpu", sin=cos.float())
+    refused(r"norm_weights \(3, 32\) for q \(2, 3, 32\)", norm_weights=weights[:3].bfloat16())
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

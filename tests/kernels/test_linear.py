@@ -197,3 +197,40 @@ def test_bad_arguments_are_named(packs, interpreting):
             continue  # the pack is what counts, and torch takes it
         with pytest.raises(ValueError, match=problem):
             linear(*arguments, packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_come_often_are_no_longer_padded(dtype, monkeypatch):
+    """Would catch: other bits once oneDNN has a kernel for exactly these rows; a kernel for each number that comes once;
+    numbers that are remembered without end."""
+    monkeypatch.setattr(linear_module, "_WORTH_A_KERNEL", 3 * 301 * 64 * 48)
+    monkeypatch.setattr(linear_module, "_rounded_up", {})
+    _, weight, bias = make((48, 64), dtype, rows=1)
+    x = torch.randn(301, 64).to(dtype)
+    packed, given = pack(weight), []
+    product = linear_module._linear_pointwise
+    monkeypatch.setattr(
+        linear_module,
+        "_linear_pointwise",
+        lambda rows, *rest: given.append(len(rows)) or product(rows, *rest),
+    )
+    first, *later = [packed_linear(x, packed, bias) for _ in range(5)]
+    assert all(torch.equal(first, y) for y in later)
+    assert given == [304, 304, 304, 301, 301]
+    packed_linear(x[:299], packed, bias)
+    assert given[-1] == 304
+    monkeypatch.setattr(linear_module, "_MOST_KERNELS", 2)
+    packed_linear(x[:298], packed, bias)
+    assert len(linear_module._rounded_up) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_its_own_wherever_the_form_changes(dtype):
+    """Would catch: other bits where linear.cpp hands over to oneDNN, which it does at some numbers of rows and not at others."""
+    x, weight, bias = make((192, 160), dtype, rows=140)
+    packed = pack(weight)
+    whole = packed_linear(x, packed, bias)
+    for rows in (1, 5, 12, 13, 48, 49, 56, 100, 104, 127, 128, 129):
+        assert torch.equal(packed_linear(x[:rows], packed, bias), whole[:rows]), rows
+    folded = packed_linear(x[:120].view(2, 60, 160)[:, ::2], packed, bias)
+    assert torch.equal(folded, whole[:120].view(2, 60, 192)[:, ::2])

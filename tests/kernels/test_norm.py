@@ -140,6 +140,14 @@ def test_what_does_not_fit_is_refused():
     total = apart + 1
     got = add_rms_norm(apart, torch.ones(4, 32), weight, EPS)
     assert torch.equal(apart, total) and torch.equal(got, rms_norm(total, weight, EPS))
+    late = torch.empty(4 * 32 + 1)[1:].view(4, 32).copy_(total)  # begins 4 bytes late
+    got = add_rms_norm(late, torch.ones(4, 32), weight, EPS)
+    assert torch.equal(late, total + 1) and torch.equal(got, rms_norm(total + 1, weight, EPS))
+    for given in ((x.to("meta"), weight), (x, weight.int())):
+        with pytest.raises(ValueError, match=r"x \(4, 6, 32\) .* weight \(32,\) .*floats on one device"):
+            rms_norm(*given, EPS)
+    with pytest.raises(ValueError, match=r"change \(4, 32\) torch.float32 on meta"):
+        add_rms_norm(total, total.to("meta"), weight, EPS)
 
 
 def test_a_gradient_of_the_gradient_is_refused():

@@ -55,5 +55,7 @@ def test_heads_apart_in_memory_and_shapes_that_do_not_fit():
     assert torch.equal(rotate(every_other, cos, sin), want)
     rotate_(every_other, cos, sin)
     assert torch.equal(x[:, ::2], want) and torch.equal(x[:, 1::2], between)
+    with pytest.raises(ValueError, match="cos on meta, sin on cpu must be on one device"):
+        rotate(torch.zeros(5, 6, 32), torch.zeros(5, 32, device="meta"), torch.zeros(5, 32))
     with pytest.raises(ValueError, match=r"x \(5, 6, 32\), cos \(4, 32\)"):
         rotate(x, cos[:4], sin[:4])

@@ -10,6 +10,9 @@ from rlhf.kernels.random import exponentials, random_bits, token_words
 from rlhf.kernels.sampling import sample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # takes long
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
 ROWS, VOCAB = 12 if INTERPRETED else 64, 50
 FIELDS = ("tokens", "logprobs", "processed_logprobs")
 CUTS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # and what does nothing
@@ -198,6 +201,54 @@ def test_parts_of_long_rows(form, programs, monkeypatch):
     monkeypatch.setattr(sampling_triton, "_PROGRAMS", programs)
     rows = {name: x for name, x in make_rows(6, rows=12, vocab=20_001, scale=1.0).items() if name not in CUTS}
     assert check_against_reference(rows, call(rows)) > 8
+
+
+SHAPES = {  # of a row's scores, by their number
+    "steep": lambda n, source: torch.randn(n, generator=source) * 6,
+    "flat": lambda n, source: torch.randn(n, generator=source) * 0.3,
+    "alike": lambda n, source: torch.randint(3, (n,), generator=source).float(),
+    "far away": lambda n, source: torch.randn(n, generator=source).where(
+        torch.arange(n) > 2, torch.tensor(-6e4)
+    ),
+    "ordered": lambda n, source: torch.linspace(-9, 9, n),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton form")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cuts", [(40, 1.0), (0, 0.9), (0, 0.9999), (900, 0.8), (2500, 1.0)], ids=str)
+def test_cuts_are_exact_and_take_few_passes(form, shape, cuts, monkeypatch):
+    # catches a bound above the threshold, scores that are lost or counted twice between what lies together and the rest, and
+    # a search that reads the row for every bit. Lanes are few: most of a row is not together
+    from rlhf.kernels import sampling_triton
+
+    monkeypatch.setattr(sampling_triton, "_LANES", 128)
+    width, (k, p) = 3001, cuts
+    logits = SHAPES[shape](width, torch.Generator().manual_seed(5)).half()[None]
+    read, load = 0, interpreter.InterpreterBuilder.create_masked_load
+
+    def counted(builder, pointers, *rest):
+        nonlocal read
+        read += pointers.data.size * (pointers.get_element_ty() == tl.float16)
+        return load(builder, pointers, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+    warmth = torch.ones(1)
+    floor, top, log_mass = sampling_triton.cut(
+        logits, warmth, torch.tensor([k]), torch.tensor([p], dtype=torch.float64), None
+    )
+    wanted = torch.from_numpy(reference_distribution(logits[0].double().numpy(), 1.0, top_k=k, top_p=p))
+    kept, scores = logits[0] >= floor, logits[0].double()
+    exact = scores.sub(scores.max()).exp()
+    # in fp32 the mass of a nucleus is that of one token more or less
+    nearest = exact[(kept != (wanted > 0))].sum() <= 2e-6 * exact.sum()
+    assert torch.equal(kept, wanted > 0) or (p < 1 and nearest)
+    assert float(top) == scores.max() and float(log_mass) == pytest.approx(
+        float(exact[kept].sum().log()), abs=1e-5
+    )
+    passes = read / (-(-width // 128) * 128)
+    most = 2 if shape != "alike" and k == 40 else 8 if p == 1 or k == 0 else 14
+    assert passes <= most + 5 * (shape == "far away" and k > 40)
 
 
 def repeated(logits, count, key=12345, **cuts):

@@ -1,18 +1,26 @@
 """The engine's forward: which models it takes over, that it gives their bits, and when it must not."""
 
 import copy
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from benchmarks.gpu import interpreter
+from rlhf.kernels import gpu, native
+from rlhf.kernels import linear as linear_kernel
 from rlhf.kernels.attention import Plan
+from rlhf.kernels.linear import one_below_another
 from rlhf.kernels.quantized import dequantize, quantize
 from rlhf.models import fused
 from rlhf.models.attention import PackedContext, packed_attention
 from rlhf.models.fused import StepForward
-from rlhf.models.linear import InvariantLinear, weights_changed
+from rlhf.models.linear import InvariantLinear, lay_together, weights_changed
+from rlhf.models.load import save_model
 from rlhf.recipe.schema import LoraConfig
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/kernels/test_triton.py runs some so
 LENGTHS = [25, 1, 40, 7]
 FUSED = {"llama", "qwen2", "qwen3", "mistral"}
 
@@ -162,3 +170,88 @@ def test_where_a_bit_differs_the_model_runs_itself(prepared, pack, monkeypatch):
     forward = StepForward(model)
     assert not forward.is_fused
     assert torch.equal(step_logits(forward, sequences), own_logits(model, sequences))
+
+
+def families(model):
+    """The weights of one input, of every layer."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield [m.weight for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        yield [mlp.gate_proj.weight, mlp.up_proj.weight]
+
+
+def test_weights_of_one_input_lie_together(prepared, tokenizer, tmp_path):
+    """Would catch: a joined copy of every weight on a GPU, weights laid in a wrong order, a checkpoint that writes all of
+    the memory with each view of it, and memory taken for one piece that is not."""
+    model, stock = prepared("qwen2", trainable=True), prepared("qwen2")
+    assert all(one_below_another(w).data_ptr() != w[0].data_ptr() for w in families(model))
+    lay_together(model, "cpu")
+    model.to("cpu")
+    wanted = {name: w.clone() for name, w in stock.state_dict().items()}
+    assert all(torch.equal(w, wanted[name]) for name, w in model.state_dict().items())
+    for weights in families(model):
+        joined = one_below_another(weights)
+        assert joined.data_ptr() == weights[0].data_ptr() and torch.equal(joined, torch.cat(weights))
+        assert one_below_another(weights[::-1]).data_ptr() != weights[-1].data_ptr()
+        assert one_below_another([weights[0][:-1], weights[1]]).data_ptr() != weights[0].data_ptr()
+        weights[1].data.add_(1.0)  # as an optimiser writes
+        assert torch.equal(joined, torch.cat(weights))
+        weights[1].data.sub_(1.0)
+    save_model(model, tokenizer, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved and all(w.untyped_storage().nbytes() >= w.nbytes for w in saved.values())
+    size = sum(w.nbytes for w in saved.values())
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * size + 10_000
+
+
+def test_weights_that_zero_flattened_lie_together(prepared):
+    """Would catch: a joined copy for every model that is trained."""
+    model = prepared("qwen3", trainable=True)
+    parameters = [p for p in model.parameters() if p.dim() == 2]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.data = part.view(p.shape)
+    assert all(one_below_another(w).data_ptr() == w[0].data_ptr() for w in families(model))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton forms; tests/kernels/test_triton.py runs it")
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_on_a_gpu_joined_products_have_the_bits_of_each(name, prepared, pack, monkeypatch):
+    """Would catch: an engine whose products are cut by the joint size, one that multiplies by weights of before an update, and
+    joined weights that cost memory or that `forget` keeps."""
+    from rlhf.kernels import matmul_triton
+
+    monkeypatch.setattr(native, "library", lambda name: None)
+    monkeypatch.setattr(gpu, "serves", interpreter.serves)
+    monkeypatch.setattr(linear_kernel, "can_pack", lambda weight: False)
+    monkeypatch.setattr(fused, "_TRIAL_TOKENS", (7,))
+    monkeypatch.setattr(matmul_triton, "_WHOLE", 32)
+    monkeypatch.setattr(matmul_triton, "_WIDE", 200)  # gate and up together, neither alone
+    monkeypatch.setattr(matmul_triton, "_STEP", 16)
+    model, sequences = prepared(name), pack([3, 9])
+    lay_together(model, "cpu")
+    forward = StepForward(model)
+    calls = []
+    stock = fused.joined_linear
+    monkeypatch.setattr(
+        fused, "joined_linear", lambda *args, **more: calls.append(args[1]) or stock(*args, **more)
+    )
+
+    def logits():
+        context = PackedContext(Plan([3, 9], [3, 9]))
+        return forward(sequences.token_ids, sequences.position_ids, context)
+
+    for change in (lambda: scramble(model), lambda: [p.data.mul_(0.5) for p in model.parameters()]):
+        change()
+        forward.forget()
+        forward.refresh()
+        assert forward.is_fused and torch.equal(logits(), own_logits(model, sequences))
+    held = [w[0].data_ptr() for w in families(model)]
+    assert [w.data_ptr() for w in calls] == 2 * held
+    forward.forget()
+    del calls[:]
+    assert torch.equal(logits(), own_logits(model, sequences)) and not calls
+    monkeypatch.setattr(matmul_triton, "_WIDE", 48)  # q alone: it has other segments than k and v
+    forward.refresh()
+    assert torch.equal(logits(), own_logits(model, sequences))
+    assert [w.data_ptr() for w in calls] == held[1::2]

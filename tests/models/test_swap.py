@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.models import swap
-from rlhf.models.swap import GatedGeluMLP, GatedMLP, swap_modules
+from rlhf.models.swap import GatedGeluMLP, GatedGeluTanhMLP, GatedMLP, swap_modules
 
 # which of rotation and MLP our form takes over: GPT-NeoX rotates a part of each head, and its MLP has no gate
 SWAPPED = {
@@ -55,7 +55,7 @@ def test_what_is_swapped(name, stock, monkeypatch):
     rotates, gated = SWAPPED[name]
     for attention, kind in zip(attentions(model), kinds):
         assert isinstance(attention, kind) and (type(attention) is not kind) == rotates
-    assert any(isinstance(m, (GatedMLP, GatedGeluMLP)) for m in model.modules()) == gated
+    assert any(isinstance(m, (GatedMLP, GatedGeluTanhMLP)) for m in model.modules()) == gated
     called = []
     rotated = swap._rotated
     monkeypatch.setattr(swap, "_rotated", lambda *args: called.append(1) or rotated(*args))
@@ -108,9 +108,16 @@ def test_an_mlp_is_tried_and_not_taken_by_its_names():
     class Tanh(Config):
         hidden_act = "gelu_pytorch_tanh"
 
-    both = torch.nn.Sequential(LlamaMLP(Config()), LlamaMLP(Tanh()))
-    swap_modules(both)
-    assert [type(m) for m in both] == [GatedMLP, GatedGeluMLP]
+    class Gelu(Config):
+        hidden_act = "gelu"
+
+    stock = torch.nn.Sequential(*(LlamaMLP(config()) for config in (Config, Tanh, Gelu)))
+    ours = copy.deepcopy(stock)
+    swap_modules(ours)
+    assert [type(m) for m in ours] == [GatedMLP, GatedGeluTanhMLP, GatedGeluMLP]
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    for mine, theirs in zip(ours, stock):
+        assert torch.allclose(mine(x), theirs(x), atol=1e-6)
 
     for kind, wanted in ((LlamaMLP, GatedMLP), (Shifted, Shifted), (Wanting, Wanting)):
         model = torch.nn.Sequential(kind(Config()))
