@@ -7,9 +7,9 @@ and decoding; times are medians with the L2 cache written over before each call,
 (`benchmarks.gpu.measure.time_ms`), and shares are of a copy's bandwidth and a bf16 product's rate measured beforehand.
 
 Each family of operations is a file in benchmarks/gpu. First every processor compiles kernels, then the checks of all
-families run at once, then their times one after another, then compute-sanitizer looks for races, each in a process of its
-own that is ended at its deadline: one that dies fails alone. What the time does not suffice for is named, and so is
-compute-sanitizer where it is not there. The table comes last. Ends with 1 if a check failed. Needs torch, triton and this
+families run at once, then their times one after another, then compute-sanitizer looks for races in one family after
+another, each in a process of its own that is ended at its deadline with all that it began: one that dies fails alone. What the time does not suffice for is named, and so is
+compute-sanitizer where it is not there or does not work. The table comes last. Ends with 1 if a check failed. Needs torch, triton and this
 source tree; the attention's plans are made with numpy, without which that family is left out and named.
 --quick uses small shapes and takes no times (on a CPU with TRITON_INTERPRET=1 too). --plan tells what would be done, on any
 machine. Writes a file only with --out.
@@ -22,16 +22,17 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -51,6 +52,8 @@ DEADLINES_S = {  # what a step's processes have of the 8 minutes, their start in
 }
 _TO_FINISH = 0.9  # of its deadline, after which a process begins nothing more
 _FOUND_RACES = 99  # compute-sanitizer's exit status
+_RACES_ORDER = ("quantized", "sampling", "rows", "matmul", "attention")  # the cheapest first
+_LEAST_S = 1.0  # with less a process is not begun
 
 Found = list[dict[str, Any]]
 
@@ -162,33 +165,30 @@ def do(job: dict[str, Any]) -> None:
 # -- all of them -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Running:
+    """A job's process, the first of a group of its own."""
+
+    name: str
+    output: IO[str]
+    process: subprocess.Popen[str]
+
+
 def at_once(jobs: Sequence[dict[str, Any]], seconds: float, tool: Sequence[str] = ()) -> Found:
-    """What processes find, one for each job, that run side by side and are ended after so many seconds."""
-    running, end = [], time.perf_counter() + seconds
-    for job in jobs:
-        output = tempfile.TemporaryFile("w+")
-        command = [*tool, sys.executable, __file__, "--job", json.dumps(job | {"seconds": seconds})]
-        running.append((job, output, subprocess.Popen(command, stdout=output, text=True)))
+    """What processes find, one for each job, that run side by side and are ended after so many seconds. Under a `tool` what
+    it says of them, which is no check of the job's own."""
+    running: list[Running] = []
+    end = time.perf_counter() + seconds
     found: Found = []
-    for job, output, process in running:
-        name = f"{job.get('family', '')} {job['what']}".strip()
-        try:
-            process.wait(max(0.0, end - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            found.append({"left_out": f"{name}: not done in {seconds:.0f} s"})
-        else:
-            found += _ended(name, process.returncode, bool(tool))
-        output.seek(0)
-        for line in output:
-            if line.startswith("{"):
-                found.append(json.loads(line))
-            elif tool and "=========" in line:
-                found.append({"said": f"{name}: {line.strip()}"})
-            else:
-                print(line, end="")
-        output.close()
+    try:
+        for job in jobs:
+            running.append(_begin(job | {"seconds": seconds}, tool))
+        for one in running:
+            found += _under_tool(one, end) if tool else _by_itself(one, end)
+    finally:
+        for one in running:
+            _finish(one, 0.0)
+            one.output.close()
     for one in found:
         check = one.get("check")
         if check and not check["passed"]:
@@ -196,25 +196,81 @@ def at_once(jobs: Sequence[dict[str, Any]], seconds: float, tool: Sequence[str] 
     return found
 
 
-def _ended(name: str, status: int, under_tool: bool) -> Found:
-    if under_tool:
+def _begin(job: dict[str, Any], tool: Sequence[str]) -> Running:
+    output = tempfile.TemporaryFile("w+")
+    command = [*tool, sys.executable, __file__, "--job", json.dumps(job)]
+    error = subprocess.STDOUT if tool else None  # what is wrong with a tool it says there
+    process = subprocess.Popen(command, stdout=output, stderr=error, text=True, start_new_session=True)
+    return Running(f"{job.get('family', '')} {job['what']}".strip(), output, process)
+
+
+def _finish(one: Running, seconds: float) -> int | None:
+    """The exit status; None where it did not end in so many seconds, and it and what it began were ended."""
+    try:
+        return one.process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+        return None
+
+
+def _lines(one: Running) -> tuple[Found, list[str]]:
+    """What a process found, and the other lines that it wrote. Of one that was ended the last line may be half a one."""
+    one.output.seek(0)
+    found, said = [], []
+    for line in one.output:
+        if line.startswith("{") and line.endswith("}\n"):
+            found.append(json.loads(line))
+        else:
+            said.append(line.rstrip())
+    return found, said
+
+
+def _by_itself(one: Running, end: float) -> Found:
+    status = _finish(one, end - time.perf_counter())
+    found, said = _lines(one)
+    for line in said:
+        print(line)
+    if status is None:
+        found.append({"left_out": f"{one.name}: not done at its deadline"})
+    elif status:
+        found.append({"check": asdict(Check(f"{one.name} ends", False, f"its process ended with {status}"))})
+    return found
+
+
+def _under_tool(one: Running, end: float) -> Found:
+    """A check only where the tool worked: it found races, or none in what ran."""
+    status = _finish(one, end - time.perf_counter())
+    of_job, said = _lines(one)
+    ran = any(line["check"]["passed"] for line in of_job if "check" in line)
+    found = [{"left_out": f"races, {line['left_out']}"} for line in of_job if "left_out" in line]
+    found += [{"said": f"{one.name}: {line.strip()}"} for line in said if "=========" in line]
+    if status == _FOUND_RACES or status == 0 and ran:
         return [
-            {"check": asdict(Check(f"{name}, races", status != _FOUND_RACES, "compute-sanitizer found some"))}
+            *found,
+            {"check": asdict(Check(f"{one.name}, races", status == 0, "compute-sanitizer found some"))},
         ]
-    if status:
-        return [{"check": asdict(Check(f"{name} ends", False, f"its process ended with {status}"))}]
-    return []
+    why = "not done at its deadline"
+    if status is not None:
+        last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+        why = f"compute-sanitizer ended with {status}{'' if ran else ' before a check'}: {last.strip()}"
+    return [*found, {"left_out": f"races, {one.name}: {why}"}]
 
 
 def races(names: Sequence[str], seconds: float) -> Found:
-    """The families' quick checks under compute-sanitizer's racecheck."""
+    """The families' quick checks under compute-sanitizer's racecheck, one after another: side by side each would be slower."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return [{"left_out": "races: there is no compute-sanitizer here"}]
     watch = [tool, "--tool", "racecheck", "--error-exitcode", str(_FOUND_RACES)]
-    jobs = [{"what": "checks", "family": name, "quick": True} for name in names]
-    found = at_once(jobs, seconds, watch)
-    return [one for one in found if "check" not in one or one["check"]["name"].endswith("races")]
+    end, found = time.perf_counter() + seconds, []
+    for name in sorted(names, key=_RACES_ORDER.index):
+        left = end - time.perf_counter()
+        if left > _LEAST_S:
+            found += at_once([{"what": "checks", "family": name, "quick": True}], left, watch)
+        else:
+            found.append({"left_out": f"races, {name} checks: no time was left"})
+    return found
 
 
 def plan(names: Sequence[str], minutes: float) -> str:

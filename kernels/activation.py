@@ -64,6 +64,8 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch.Tenso
     shape = gate.shape
     if shape != up.shape:
         raise ValueError(f"gate {tuple(shape)} and up {tuple(up.shape)} must have the same shape")
+    if not shape:
+        raise ValueError("gate () and up () are single numbers; they must be (..., I)")
     needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     if native.serves("activation", shape[-1], gate, up):
         took("gated activation", NATIVE)

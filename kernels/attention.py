@@ -132,6 +132,7 @@ class Plan:
         self.page_tokens, self.num_repeats, self.device = page_tokens, num_repeats, torch.device(device)
         self.starts = np.cumsum(self.query_lens) - self.query_lens
         self.num_tokens = int(self.query_lens.sum())
+        self.most_queries = int(self.query_lens.max(initial=0))  # of a sequence
         self._layouts: dict[tuple[int, int, int | None, int], Layout] = {}
         self.made: dict[tuple[Any, ...], Any] = {}  # what other forms made of the plan
         self.num_scores = int((self.query_lens * self.context_lens).sum())
@@ -359,8 +360,10 @@ class Plan:
 
 
 def _ints(values: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    """A copy of its own, without gaps in memory."""
+    """A copy of its own, without gaps in memory. Raises ValueError for what is no integer."""
     numbers = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if numbers.dtype.kind not in "iu" and numbers.size:
+        raise ValueError(f"a plan's lengths, starts and pages are integers, not {numbers.dtype}")
     return numbers.astype(np.int64, order="C")
 
 
@@ -458,8 +461,8 @@ def packed_attention(
 
     q (N, Hq, D), k (N, Hkv, D), v (N, Hkv, Dv) -> (N, Hq, Dv). scores = softcap * tanh(scale * q k / softcap)
     where softcap is set; a query sees the last `window` positions, itself included; `sinks` (Hq,) are logits
-    of an extra key with no value. A key or value that is not finite reaches the rows that see it, which are then not finite
-    either, and no others; gradients of its whole sequence may be NaN.
+    of an extra key with no value. A NaN, or a value that is infinite, reaches all rows that see it and no others; so may a key
+    that is infinite, whose scores are. Gradients of its whole sequence may be NaN.
     """
     lens = _lengths("cu_seqlens", cu_seqlens, q)
     return attend_packed(
@@ -591,9 +594,11 @@ def _check(
     num_rows = plan.num_tokens + plan.num_repeats
     if shape[0] != num_rows:
         raise ValueError(f"q {tuple(shape)} has {len(q)} tokens, and the plan has {num_rows}")
-    if not keys[1] or shape[1] % keys[1] or shape[2] != keys[-1] or keys[:-1] != values[:-1]:
+    if not (shape[1] and keys[1]) or shape[1] % keys[1] or shape[2] != keys[-1] or keys[:-1] != values[:-1]:
         shapes = f"q {tuple(shape)}, k {tuple(keys)}, v {tuple(values)}"
-        raise ValueError(f"{shapes}: k and v need the same heads, which divide q's, and k q's size")
+        raise ValueError(
+            f"{shapes}: there must be heads, k and v need the same, which divide q's, and k needs q's size"
+        )
     own, stored = q.dtype, k.dtype
     unlike = own != stored and compute_dtype(own) != compute_dtype(stored)
     if not own.is_floating_point or stored != v.dtype or unlike:
@@ -607,8 +612,8 @@ def _check(
         raise ValueError(
             f"q on {device}, k on {k.device}, v on {v.device}, the plan for {plan.device}: all must be on one device"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} lets a query see nothing; give 1 or more, or None")
+    if window is not None and (window < 1 or int(window) != window):
+        raise ValueError(f"window={window} is no number of tokens; give 1 or more, or None")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be above 0, or None")
     if sinks is not None and (sinks.shape != shape[1:2] or sinks.device != device):
@@ -801,8 +806,8 @@ def _call(
 
 
 def _run(function: str, call: _Call) -> None:
-    failed = getattr(native.library("attention"), function)(ctypes.byref(call))
-    assert not failed, f"attention.cpp has no {function} for heads of {call.dim}"
+    if getattr(native.library("attention"), function)(ctypes.byref(call)):
+        raise RuntimeError(f"attention.cpp has no {function} for heads of {call.dim}")
 
 
 def _attend_native(

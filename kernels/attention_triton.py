@@ -17,6 +17,7 @@ scales go onto scores and probabilities, and in fp32 onto the numbers. Not here:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 
 from rlhf.kernels.attention import TILE, Plan, counted
-from rlhf.kernels.gpu import launch, token_step
+from rlhf.kernels.gpu import launch, row_tile, token_step
 
 SEGMENT = 512
 _STAGES = 3
@@ -424,6 +425,16 @@ def _grad_kv(
         tl.store(grad_v + v_to[:, None] + dv[None, :], total_v.to(grad_v.dtype.element_ty), mask=v_inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _row_products(a, b, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[r] = sum of a[r] b[r], fp32; a row has `width` numbers and begins where the one before ends."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at = row[:, None].to(tl.int64) * width + column[None, :]
+    inside = (row < count)[:, None] & (column < width)[None, :]
+    x, y = (tl.load(a + at, mask=inside, other=0.0), tl.load(b + at, mask=inside, other=0.0))
+    tl.store(out + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=row < count)
+
+
 # -- what the programs do --------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +479,7 @@ class Tile:
     warps: int
 
 
+@functools.cache
 def tile_of(dtype: torch.dtype, dim: int, v_dim: int, group: int, *, many: bool = False) -> Tile:
     """A function of dtype and sizes alone, so that a row's bits are the same in every call. `many` rows: the same for each
     warp, and twice the warps. fp32 is not for tensor cores, and its tiles are small for it."""
@@ -502,7 +514,14 @@ def work_of(
 
 def shares_of(plan: Plan, window: int | None) -> list[tuple[Members, bool]]:
     """Which sequences are worked on together, and whether programs take a segment each. Those of few queries and a long
-    context cannot fill a GPU otherwise, whatever else is in the plan."""
+    context cannot fill a GPU otherwise, whatever else is in the plan. Found once for all layers."""
+    key = ("triton shares", window)
+    if key not in plan.made:
+        plan.made[key] = _find_shares(plan, window)
+    return plan.made[key]
+
+
+def _find_shares(plan: Plan, window: int | None) -> list[tuple[Members, bool]]:
     few = _few(plan)
     start = 0 if window is None else np.maximum(plan.context_lens - plan.query_lens - window + 1, 0)
     long = plan.context_lens > start // SEGMENT * SEGMENT + SEGMENT
@@ -668,7 +687,7 @@ def _attend(
     """The rows of some sequences to `out`, and where segments are not `shared` out to `logs`."""
     heads, kv_heads, dim, v_dim = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
     group = heads // kv_heads
-    many = not shared and not _few(plan).all()
+    many = not shared and plan.most_queries > _FEW_QUERIES
     tile = tile_of(q.dtype, dim, v_dim, group, many=many)
     work, (seqs, page_table) = work_of(plan, group, window, tile, members, shared=shared), _sequences(plan)
     items = work.shares if shared else work.items
@@ -727,8 +746,12 @@ def gradients(
     of_q, of_kv = backward_tiles(q.dtype, dim, v_dim, group)
     work, keys = work_of(plan, group, window, of_q), key_work_of(plan, of_kv.keys)
     seqs, _ = _sequences(plan)
-    grad = grad.contiguous()
-    delta = (grad.float() * out.float()).sum(-1)
+    grad, out, delta = grad.contiguous(), out.contiguous(), torch.empty_like(logs)
+    rows, block, warps = row_tile(v_dim)
+    launch(
+        _row_products, (triton.cdiv(delta.numel(), rows),),
+        grad, out, delta, delta.numel(), v_dim, ROWS=rows, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     given = (
         *map(token_step, (q, k, v)),

@@ -26,6 +26,9 @@ unsigned long long PyLong_AsUnsignedLongLongMask(PyObject*);
 double PyFloat_AsDouble(PyObject*);
 void Py_IncRef(PyObject*);
 PyObject* PyErr_Occurred(void);
+void PyErr_Clear(void);
+PyObject* PyObject_Type(PyObject*);
+void Py_DecRef(PyObject*);
 PyObject* PyErr_Format(PyObject*, const char*, ...);
 void* PyEval_SaveThread(void);
 void PyEval_RestoreThread(void*);
@@ -60,12 +63,25 @@ struct Builtin<function> {
   template <size_t... i>
   static PyObject* call(PyObject* const* given, std::index_sequence<i...>) {
     const std::tuple<Arguments...> arguments{converted<Arguments>(given[i])...};
-    if (PyErr_Occurred()) return nullptr;
+    if (PyErr_Occurred()) return refuse(given, std::index_sequence<i...>());
     void* const thread = PyEval_SaveThread();  // others may run Python meanwhile
     function(std::get<i>(arguments)...);
     PyEval_RestoreThread(thread);
     Py_IncRef(&_Py_NoneStruct);
     return &_Py_NoneStruct;
+  }
+
+  // Names the first argument, counted from 0, that is no number.
+  template <size_t... i>
+  static PyObject* refuse(PyObject* const* given, std::index_sequence<i...>) {
+    PyErr_Clear();
+    size_t wrong = 0;
+    ((converted<Arguments>(given[i]), !PyErr_Occurred() && ++wrong) && ...);
+    PyErr_Clear();
+    PyObject* const type = PyObject_Type(given[wrong]);
+    PyErr_Format(PyExc_TypeError, "argument %d must be a number, or for an address None, not %S", int(wrong), type);
+    Py_DecRef(type);
+    return nullptr;
   }
 };
 

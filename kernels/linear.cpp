@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int kBlock = 64;           // outputs whose weights lie together
+constexpr int kBlock = 64;            // outputs whose weights lie together
 constexpr int64_t kAtOnce = 1 << 17;  // numbers of x that are read by all blocks before the next: what a cache holds
 typedef Vector<int16_t, kLanes>::Type Words;
 
@@ -140,6 +140,23 @@ struct Next {
   }
 };
 
+// The first `count` numbers of a vector; the others are 0.
+template <typename X>
+inline Lanes load_first(const X* from, int64_t count) {
+  if (count == kLanes) return load(from);
+  X all[kLanes] = {};
+  std::memcpy(all, from, count * sizeof(X));
+  return load(all);
+}
+
+template <typename X>
+inline void store_first(X* to, Lanes x, int64_t count) {
+  if (count == kLanes) return store(to, x);
+  X all[kLanes];
+  store(all, x);
+  std::memcpy(to, all, count * sizeof(X));
+}
+
 struct Call {
   const void *x, *weights, *scales, *bias;
   void* out;
@@ -202,10 +219,10 @@ void tile(const Call& call, const X* x, int64_t row, int64_t output, Next next) 
     }
   }
   for (int v = 0; v < kVectors && output + v * kLanes < call.outs; ++v) {
-    const int64_t at = output + v * kLanes;
-    const Lanes bias = call.bias ? load(static_cast<const X*>(call.bias) + at) : Lanes{};
+    const int64_t at = output + v * kLanes, count = std::min<int64_t>(kLanes, call.outs - at);
+    const Lanes bias = call.bias ? load_first(static_cast<const X*>(call.bias) + at, count) : Lanes{};
     for (int m = 0; m < kRows; ++m)
-      store(static_cast<X*>(call.out) + (row + m) * call.outs + at, totals[m][v] + bias);
+      store_first(static_cast<X*>(call.out) + (row + m) * call.outs + at, totals[m][v] + bias, count);
   }
 }
 
@@ -272,11 +289,11 @@ void linear(const Call& call, int threads) {
 
 extern "C" {
 
-// x (rows, in), out (rows, outs), bias (outs) or null: fp32, or all bf16. Weights in blocks of 64 outputs, of which 16 at a
-// time are written: of x's own dtype as oneDNN packs them, fp32 (blocks, in, 64) or bf16 (blocks, in / 2, 64, 2); of 8
+// x (rows, in), out (rows, outs), bias (outs) or null: fp32, or all bf16. Weights in whole blocks of 64 outputs, of which
+// those below `outs` are written: of x's own dtype as oneDNN packs them, fp32 (blocks, in, 64) or bf16 (blocks, in / 2, 64, 2); of 8
 // bits (blocks, in / 2, 64, 2) with fp32 scales (blocks, in / group, 64); of 4 bits (blocks, in / 2, 2, 16, 2) bytes,
 // whose low halves are the outputs 0..15 of 32 and the high ones 16..31, plus 8 each, with bf16 scales. Sums of `group`
-// inputs are made by themselves and added in their order. in and group are even, outs is a multiple of 16.
+// inputs are made by themselves and added in their order. in and group are even.
 void linear_forward(const void* x, const void* weights, const void* scales, const void* bias, void* out, int64_t rows,
                     int64_t in, int64_t outs, int64_t group, int64_t bits, int64_t is_bf16, int64_t threads) {
   const Call call{x, weights, scales, bias, out, rows, in, outs, group};

@@ -10,6 +10,7 @@ and must be packed again (`rlhf.models.linear`).
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,23 +49,24 @@ class PackedWeight:
     A copy (deepcopy, pickle) is empty: packs are made again where they are needed.
     """
 
-    __slots__ = ("data", "source")
+    __slots__ = ("_weight", "data", "source")
 
     def __init__(self) -> None:
         self.data: torch.Tensor | None = None
-        self.source: tuple[int, int, torch.dtype] | None = None
+        self.source: tuple[int, int, torch.dtype, torch.Size] | None = None
+        self._weight: weakref.ref[torch.Tensor] | None = None
 
     def update(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The pack of `weight` as it is now, None where `can_pack` says no. Writes through `.data` leave no
         trace: after those, call `clear`.
         """
-        source = (weight.data_ptr(), weight._version, weight.dtype)
-        if source != self.source:
-            self.data, self.source = pack(weight), source
+        source = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+        if source != self.source or self._weight() is not weight:  # memory is given to others again
+            self.data, self.source, self._weight = pack(weight), source, weakref.ref(weight)
         return self.data
 
     def clear(self) -> None:
-        self.data = self.source = None
+        self.data = self.source = self._weight = None
 
     def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
         return PackedWeight, ()
@@ -74,6 +76,7 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Whether `linear` has a row-invariant kernel for this (out, in) weight."""
     return (
         weight.device.type == "cpu"
+        and type(weight) in native.PLAIN
         and weight.dtype in _PACKED_DTYPES
         and weight.dim() == 2
         and weight.numel() > 0
@@ -101,15 +104,17 @@ def _look_at_layout(weight: torch.Tensor, packed: torch.Tensor) -> None:
     outs, inner = weight.shape
     key = weight.shape, weight.dtype
     _layouts[key] = False
-    if outs % _BLOCK or inner % 2 or _size(packed) != weight.nbytes:
+    size = -(-outs // _BLOCK) * _BLOCK * inner * weight.element_size()  # the last block is filled up
+    if inner % 2 or _size(packed) != size:
         return
     bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    memory = (ctypes.c_char * weight.nbytes).from_address(_address(packed))
+    memory = (ctypes.c_char * size).from_address(_address(packed))
     together = 1 if weight.dtype == torch.float32 else 2  # inputs of an output that lie beside each other
     blocks = torch.frombuffer(memory, dtype=bits).view(-1, inner // together, _BLOCK, together)
     for block in {0, len(blocks) // 2, len(blocks) - 1}:
         given = weight[block * _BLOCK : (block + 1) * _BLOCK].view(bits)
-        if not torch.equal(given.view(_BLOCK, -1, together).transpose(0, 1), blocks[block]):
+        found = blocks[block][:, : len(given)]
+        if not torch.equal(given.view(len(given), -1, together).transpose(0, 1), found):
             return
         for one, other in ((given[1:], given[:-1]), (given[:, 1:], given[:, :-1])):
             if 2 * int((one != other).sum()) < one.numel():
@@ -147,6 +152,10 @@ def linear(
     `packed` is `pack(weight)`; without it this is `F.linear`, or on a GPU the row-invariant product there. Raises
     ValueError for shapes, dtypes and devices that do not fit.
     """
+    if packed is not None and packed.shape != weight.shape:
+        raise ValueError(
+            f"packed {tuple(packed.shape)} is of another weight than {tuple(weight.shape)}; pack it again"
+        )
     given = (x, weight) if bias is None else (x, weight, bias)
     try:
         if packed is None and not (gpu.serves(*given) and x.numel() and weight.numel()):
@@ -156,7 +165,7 @@ def linear(
         if torch.is_grad_enabled() and needs_grad:
             return _Linear.apply(x, weight, bias, packed)
         return _forward(x, weight, bias, packed)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         _check(x, weight, bias)  # only now: this runs some thousand times a step, and torch refuses the same
         raise
 
@@ -283,6 +292,7 @@ class _FewRows:
         dtype = self._dtype
         return (
             x.dtype is dtype
+            and type(x) in native.PLAIN
             and x.is_cpu
             and (bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == self._bias_shape))
         )
@@ -335,7 +345,7 @@ def _try_segments(packed: torch.Tensor) -> int:
     if native.library("linear") is None:
         return 0
     generator = torch.Generator().manual_seed(0)
-    few = min(outs, _TRIAL_OUTS)
+    few = min(outs, _TRIAL_OUTS - -outs % _BLOCK)  # with a last block of the same size
     weight, x, bias = (
         torch.randn(shape, generator=generator).to(packed.dtype)
         for shape in ((few, inner), (_TRIAL_ROWS[-1], inner), (few,))

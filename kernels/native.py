@@ -29,6 +29,7 @@ _COMPILERS = ("g++", "c++")  # the sources use GCC's vector extensions
 _TIMEOUT_S = 120.0
 _LANES = 16  # numbers that a function over rows takes at once: widths are multiples of it
 _DTYPES = (torch.float32, torch.bfloat16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes with numbers in memory; FakeTensor has none
 _builtin = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
     ("PyCFunction_NewEx", ctypes.pythonapi)
 )
@@ -67,12 +68,13 @@ def address(x: torch.Tensor | None) -> int | None:
 
 
 def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:
-    """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU."""
+    """Whether the functions of `name` over rows of `width` numbers take the tensors: fp32 or bf16, alike, on a CPU, and
+    of no other class than torch's own."""
     dtype = tensors[0].dtype
     if width % _LANES or dtype not in _DTYPES:
         return False
     for x in tensors:  # plain code: this is asked before every operation
-        if x.dtype is not dtype or not x.is_cpu:
+        if x.dtype is not dtype or not x.is_cpu or type(x) not in PLAIN:
             return False
     return library(name) is not None
 

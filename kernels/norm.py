@@ -31,6 +31,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             f"weight {tuple(weight.shape)} for x {tuple(x.shape)}; it must be {tuple(x.shape[-1:])}, or without gradient "
             f"{tuple(x.shape[-2:])}"
         )
+    _check_width(x)
     return _RmsNorm.apply(x, weight, eps) if needs_grad else _forward(x, weight, eps)
 
 
@@ -40,6 +41,7 @@ def add_rms_norm(x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, ep
         shapes = f"x {tuple(x.shape)}, change {tuple(change.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: x and change must be alike, and weight one row of them")
     _check_kinds(x=x, change=change, weight=weight)
+    _check_width(x)
     if _is_native(x, weight) and change.dtype == x.dtype and x.is_contiguous():
         return _native(x, weight, eps, change=change.contiguous())
     if gpu.serves(x, weight, change) and x.is_contiguous() and gpu.aligned(x) is x:
@@ -56,6 +58,12 @@ def _check_kinds(**tensors: torch.Tensor) -> None:
     ):
         about = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
         raise ValueError(f"{about}: they must be floats on one device")
+
+
+def _check_width(x: torch.Tensor) -> None:
+    shape = x.shape
+    if not (shape and shape[-1]):
+        raise ValueError(f"x {tuple(shape)} must be (..., H) with an H of at least 1, to take a mean of")
 
 
 def stock_form(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

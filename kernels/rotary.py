@@ -30,8 +30,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` in place, without gradient, in its bits."""
+    """`rotate` in place, without gradient, in its bits. Raises ValueError for x whose numbers lie on one another."""
     _check(x, cos, sin)
+    if x.numel() and not (x.stride(2) and (x.stride(1) or x.shape[1] == 1) and (x.stride(0) or len(x) == 1)):
+        raise ValueError(
+            f"x {tuple(x.shape)} with strides {x.stride()} is expanded; clone it before it is written"
+        )
     fast = _fast(x, cos, sin)
     if fast is None:
         return x.copy_(_torch(x, cos, sin))

@@ -75,7 +75,8 @@ def sample(
     no row uses it. banned: (rows, columns) that must not be drawn; they count in `logprobs` and not in
     `processed_logprobs`. Order, which is that of Hugging Face's generate: temperature, ban, top-k, top-p of what top-k
     left, min-p. Equal scores at a cut are all kept. `logprobs` are `token_logprobs` of the same logits, in its bits. A row
-    with non-finite logits yields a valid token id with a NaN log-prob. Raises ValueError for shapes, dtypes or devices
+    with non-finite logits yields a valid token id with a NaN log-prob, and so does one whose every token is banned or has
+    probability 0: then both log-probs are NaN, of a greedy row too. Raises ValueError for shapes, dtypes or devices
     that do not fit, and on a CPU for banned tokens outside the logits.
     """
     _check(logits, keys, positions, temperature, top_k, top_p, min_p, banned)
@@ -86,6 +87,9 @@ def sample(
     tokens, processed = _form(logits)(logits, keys, positions, temperature, cuts, banned)
     greedy = temperature == 0
     logprobs = _policy_logprobs(logits, tokens, torch.where(greedy, 1.0, temperature))
+    if banned is not None:
+        nothing = _nothing_left(tokens, logprobs, banned)
+        logprobs, greedy = torch.where(nothing, torch.nan, logprobs), greedy & ~nothing
     if processed is None:
         processed = logprobs
     else:
@@ -142,8 +146,12 @@ def _check_banned(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tenso
     shapes = (
         f"banned rows {tuple(rows.shape)} and columns {tuple(columns.shape)} for logits {tuple(logits.shape)}"
     )
-    if rows.dim() != 1 or rows.shape != columns.shape or rows.dtype != torch.int64 != columns.dtype:
-        raise ValueError(f"{shapes}: they must be int64 of one length")
+    if rows.dim() != 1 or rows.shape != columns.shape or not rows.dtype == columns.dtype == torch.int64:
+        raise ValueError(f"{shapes}, {rows.dtype} and {columns.dtype}: they must be int64 of one length")
+    if not rows.device == columns.device == logits.device:
+        raise ValueError(
+            f"{shapes} on {rows.device}, {columns.device} and {logits.device}: they must be on one device"
+        )
     if rows.device.type == "cpu" and rows.numel():
         for x, most in zip((rows, columns), logits.shape):
             if not 0 <= int(x.min()) <= int(x.max()) < most:
@@ -155,6 +163,13 @@ def _policy_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: to
     if not logits.is_cuda and bool((temperature == 1).all()):
         return token_logprobs(logits, tokens)[0]
     return token_logprobs(logits, tokens, temperature)[0]
+
+
+def _nothing_left(tokens: torch.Tensor, logprobs: torch.Tensor, banned: Banned) -> torch.Tensor:
+    """(R,) bool: the rows of which no token could be drawn. Only these give a banned token, or one of probability 0."""
+    rows, columns = banned
+    drawn = torch.zeros_like(tokens).index_add_(0, rows, (columns == tokens[rows]).long())
+    return (drawn > 0) | (logprobs == -torch.inf)
 
 
 def _cut_rows(logits: torch.Tensor, cuts: _Cuts, banned: Banned | None) -> torch.Tensor:

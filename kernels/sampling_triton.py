@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf.kernels.gpu import launch
+from rlhf.kernels.gpu import aligned, launch
 
 _DRAWN = 4096  # tokens that one program draws from at once
 _LANES = 4096  # tokens that the cuts look at at once
@@ -245,7 +245,9 @@ def _search_row(
             count, unused, smallest, largest = _gather(
                 logits, width, temperature, top, _at_order(start), _at_order(end), together, LANES
             )
-            start, end = tl.maximum(start, _order(smallest)), tl.minimum(end, _order(largest) + 1)
+            # none is left where sums taken in other orders say that of them all none is wanted: `start` keeps the same
+            end = tl.where(count > 0, tl.minimum(end, _order(largest) + 1), start + 1)
+            start = tl.where(count > 0, tl.maximum(start, _order(smallest)), start)
             if (count <= _ROOM * LANES) & (end - start > 1):
                 start = _search(together, count, top, start, end, wanted - beyond, MASS, LANES)
                 end = start + 1
@@ -345,6 +347,7 @@ def cut(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of logits (R, V), contiguous, at temperature (R,), 0 as 1: the score from which on tokens are kept, the largest score,
     and the logarithm of the kept ones' mass, exp(score - largest). Each (R,) fp32."""
+    logits = aligned(logits)  # or the order of its sums is another
     rows, width = logits.shape
     floors, tops, log_masses = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     lanes = min(1 << max(width - 1, 127).bit_length(), _LANES)

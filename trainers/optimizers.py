@@ -98,12 +98,12 @@ def make_optimizer(model: torch.nn.Module, config: TrainerConfig) -> torch.optim
         kind = config.optimizer
         if kind == "muon" and not (p.dim() == 2 and _IN_LAYER.search(name)):
             kind = "adamw"
-        decayed = config.weight_decay > 0 and p.dim() >= 2
+        is_matrix = p.dim() >= 2  # by themselves without decay too: `lay_together` relies on their order
         group = groups.setdefault(
-            (kind, decayed, scales[name]),
+            (kind, is_matrix, scales[name]),
             {
                 "params": [],
-                "weight_decay": config.weight_decay if decayed else 0.0,
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
                 "lr": config.lr * scales[name],
                 "lr_scale": scales[name],
                 "kind": kind,

@@ -11,6 +11,7 @@ training and scoring, which always go through the modules; attention (`rlhf.mode
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -240,13 +241,16 @@ class _Joined:
         self._quantized: QuantizedWeight | None = None
         self._bias: torch.Tensor | None = None
         self._source: tuple[Any, ...] | None = None
+        self._tensors: list[weakref.ref[torch.Tensor]] = []  # what it was the state of
 
     def refresh(self) -> None:
         """Join the weights again if one of them changed."""
-        tensors = [t for m in self.linears for t in (m.weight, m.bias)] if self.can_join() else None
-        source = tensors and tuple(t if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
-        if source == self._source:
-            return
+        tensors = [t for m in self.linears for t in (m.weight, m.bias) if t is not None]
+        source = None
+        if self.can_join():
+            source = tuple((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
+        if source == self._source and all(at() is t for at, t in zip(self._tensors, tensors, strict=False)):
+            return  # the very tensors: an address may be that of memory freed and given out again
         self.drop_pack()
         if source is not None:
             weight = one_below_another([m.weight for m in self.linears])
@@ -256,11 +260,13 @@ class _Joined:
                 self._packed = packed
             else:
                 self._weight = weight
-            self._bias = None if tensors[1] is None else torch.cat([m.bias.detach() for m in self.linears])
-            self._source = source
+            if self.linears[0].bias is not None:
+                self._bias = torch.cat([m.bias.detach() for m in self.linears])
+            self._source, self._tensors = source, [weakref.ref(t) for t in tensors]
 
     def drop_pack(self) -> None:
         self._packed = self._weight = self._quantized = self._bias = self._source = None
+        self._tensors = []
 
     def __call__(self, x: torch.Tensor, adapters: AdapterRows = ()) -> torch.Tensor:
         out = self._product(x)

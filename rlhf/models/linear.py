@@ -48,8 +48,9 @@ def weights_changed(model: nn.Module) -> None:
 def lay_together(model: nn.Module, device: torch.device | str) -> None:
     """Bring the model's linears that read one input to the device, each such family's weights one after another in one piece
     of memory of which they are views: the engine multiplies them as one without a copy (`rlhf.models.fused`). Whoever moves
-    them later (`Module.to`, ZeRO's flat buffers, which keep their order) is free to. What else the model has stays where it
-    is."""
+    them later is free to: ZeRO's flat buffers keep their order, since the optimiser's groups have matrices by themselves; a
+    deepcopy takes them apart, after which the engine multiplies by a joined copy. torch.save of one weight writes its family
+    with it. What else the model has stays where it is."""
     for module in model.modules():
         for names in _OF_ONE_INPUT:
             linears = [module._modules.get(name) for name in names]

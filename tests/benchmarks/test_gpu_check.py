@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 from benchmarks import gpu_check
-from benchmarks.gpu_check import DEADLINES_S, FAMILIES, TIMES_S, at_once, plan, report, until
+from benchmarks.gpu_check import DEADLINES_S, FAMILIES, TIMES_S, at_once, plan, races, report, until
 
 CHECK = {"name": "a row", "passed": True, "said": ""}
 TIMING = {"name": "sum", "shape": "3", "ms": 1.0, "share": 0.5, "goal": 0.9, "against": "torch", "ratio": 2.0}
@@ -82,7 +83,65 @@ def test_a_process_is_ended_at_its_deadline_and_one_that_dies_fails_alone(monkey
     found = at_once([{"what": "checks", "family": name} for name in ("hangs", "dies", "ends")], 2.0)
     passed = {one["check"]["name"]: one["check"]["passed"] for one in found if "check" in one}
     assert passed == {"hangs": True, "dies": True, "ends": True, "dies checks ends": False}
-    assert [one["left_out"] for one in found if "left_out" in one] == ["hangs checks: not done in 2 s"]
+    assert [one["left_out"] for one in found if "left_out" in one] == [
+        "hangs checks: not done at its deadline"
+    ]
+
+
+SANITIZER = """#!{python}
+import json, os, subprocess, sys, time
+assert sys.argv[1:5] == ["--tool", "racecheck", "--error-exitcode", "99"]
+family = json.loads(sys.argv[-1])["family"]
+with open({log!r}, "a") as log: log.write(family + "\\n")
+if family == "quantized":
+    sys.exit("no such library: libcuda.so")
+if family == "matmul":  # its own child outlives it, unless both are ended
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with open({log!r}, "a") as log: log.write(str(child.pid) + "\\n")
+    time.sleep(60)
+if family != "rows":
+    print(json.dumps({{"check": {{"name": family, "passed": True, "said": ""}}}}))
+print("========= RACECHECK SUMMARY")
+sys.exit(99 if family == "sampling" else 0)
+"""
+
+
+def goes_on(process):
+    """Whether a process still runs after a while; one that only waits to be asked for its status does not."""
+    stat = Path(f"/proc/{process}/stat")
+    for _ in range(100):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_sanitizer_that_does_not_work_finds_no_kernel_without_races(monkeypatch, tmp_path):
+    """Would catch: a check that passes where the tool could not start, ran nothing or was ended, a family whose start waits
+    for another's end for ever, and the processes of a tool that is ended."""
+    tool, log = tmp_path / "compute-sanitizer", tmp_path / "log"
+    tool.write_text(SANITIZER.format(python=sys.executable, log=str(log)))
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
+    found = races(FAMILIES, 3.0)
+    *families, child = log.read_text().split()
+    assert families == ["quantized", "sampling", "rows", "matmul"]
+    assert [(one["check"]["name"], one["check"]["passed"]) for one in found if "check" in one] == [
+        ("sampling checks, races", False)
+    ]
+    assert [one["left_out"] for one in found if "left_out" in one] == [
+        "races, quantized checks: compute-sanitizer ended with 1 before a check: no such library: libcuda.so",
+        "races, rows checks: compute-sanitizer ended with 0 before a check: ========= RACECHECK SUMMARY",
+        "races, matmul checks: not done at its deadline",
+        "races, attention checks: no time was left",
+    ]
+    assert not goes_on(child)
+    passed = races(["attention"], 9.0)
+    assert [one["check"]["passed"] for one in passed if "check" in one] == [True]
 
 
 def test_the_table_comes_last(capsys):

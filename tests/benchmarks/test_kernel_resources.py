@@ -3,7 +3,8 @@
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks import kernel_resources
+from benchmarks import gpu_check, kernel_resources
+from benchmarks.gpu_check import FAMILIES
 
 
 def row(operation, spilled, target="sm_90", kernel="_forward"):
@@ -24,3 +25,41 @@ def test_a_new_spill_and_an_old_allowance_are_wrong(monkeypatch):
         "sum 64: _add bf16 sm_90 spills 8 bytes, 0 allowed",
     ]
     assert kernel_resources.spill_more([]) == ["sum 64: _forward bf16 sm_90 may spill and is no kernel"]
+
+
+def test_a_call_has_a_name_of_its_own_and_allowances_are_of_calls():
+    """Would catch: two operations of one name, whose spills are allowed together, and an allowance for what is not compiled."""
+    calls = {
+        name: [operation for family in FAMILIES for operation, _ in gpu_check.family(family).calls(dtype)]
+        for name, dtype in kernel_resources.DTYPES.items()
+    }
+    for name, operations in calls.items():
+        assert len(set(operations)) == len(operations), name
+    allowed = [key for kernels in kernel_resources.MAY_SPILL.values() for key in kernels]
+    assert len(set(allowed)) == len(allowed)
+    for key in allowed:
+        operation, _, kernel = key.rpartition(": ")
+        assert operation in calls[kernel.split()[1]], key
+
+
+def test_the_attentions_that_models_have_are_compiled():
+    """Would catch: a form of the kernels that is first compiled, and first seen to spill, at a user's: windows and soft caps
+    of wide heads, sinks, one and many query heads of a key head, windows over quantised pages, shared prefixes."""
+    options = []
+    for _, call in gpu_check.family("attention").calls(kernel_resources.DTYPES["bf16"]):
+        with kernel_resources.caught() as launches:
+            call()
+        options += [
+            {launch.kernel.arg_names[at[0]]: value for at, value in launch.constants.items()}
+            for launch in launches
+            if launch.kernel.fn.__name__ == "_forward"
+        ]
+    for wanted in (
+        {"DIM": 256, "WINDOW": 2, "SOFTCAP": True, "PAGED": True},
+        {"DIM": 256, "WINDOW": 2, "SOFTCAP": True, "PAGED": False},
+        {"SINKS": True, "WINDOW": 2, "PAGED": True},
+        *({"GROUP": group, "PAGED": paged} for group in (1, 64) for paged in (False, True)),
+        {"SCALED": True, "WINDOW": 2, "SPLIT": False},
+        {"LISTED": True},
+    ):
+        assert any(wanted.items() <= found.items() for found in options), wanted

@@ -109,6 +109,8 @@ def test_swiglu_of_unlike_shapes_is_refused(form):
     """Would catch: memory beyond the smaller one's end."""
     with pytest.raises(ValueError, match=r"gate \(4, 16\) and up \(1, 16\)"):
         swiglu(torch.ones(4, 16), torch.ones(1, 16))
+    with pytest.raises(ValueError, match=r"gate \(\) and up \(\)"):
+        swiglu(torch.ones(()), torch.ones(()))
     for gated in (swiglu, geglu):
         for up in (torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(4, 16, device="meta")):
             with pytest.raises(

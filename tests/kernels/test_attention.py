@@ -425,9 +425,9 @@ def test_what_does_not_fit_the_plan_is_refused():
             packed_attention(q, k, v, starts, scale=0.3)
     with pytest.raises(ValueError, match=r"k \(7, 2, 16\) has 7 tokens, and the plan has 8"):
         attention.attend_packed(q, k[:7], v[:7], Plan([8], [8]), scale=0.3)
-    with pytest.raises(ValueError, match="window=0 lets a query see nothing"):
+    with pytest.raises(ValueError, match="window=0 is no number of tokens"):
         packed_attention(q, k, v, [0, 8], scale=0.3, window=0)
-    with pytest.raises(ValueError, match="need the same heads"):
+    with pytest.raises(ValueError, match="k and v need the same"):
         packed_attention(q[:, :3], k, v, [0, 8], scale=0.3)
     pages = torch.zeros(2, 2, 16, 16)
     with pytest.raises(ValueError, match="the last of them number 2"):
@@ -607,6 +607,19 @@ def test_hidden_blocks_are_not_computed(form):
         assert max(b.num_keys for b in plan.layout(2, 2, None).blocks) <= 256
 
 
+def test_no_heads_and_no_integers_are_refused():
+    """Would catch: a division by no heads in C++, which ends the process, and lengths that are cut off."""
+    q, k = torch.zeros(10, 4, 16), torch.zeros(10, 2, 16)
+    plan = Plan([10], [10])
+    with pytest.raises(ValueError, match=r"q \(10, 0, 16\).*there must be heads"):
+        attention.attend_packed(q[:, :0], k, k, plan, scale=0.1)
+    with pytest.raises(ValueError, match=r"window=4.5 is no number of tokens"):
+        attention.attend_packed(q, k, k, plan, scale=0.1, window=4.5)
+    for lens in ([1.9], torch.tensor([1.0])):
+        with pytest.raises(ValueError, match="are integers, not float"):
+            Plan(lens, [2])
+
+
 def test_what_an_operation_does_not_take_is_refused():
     """Would catch: a launch on memory of another size, kind or device than the kernel reads."""
     q, k, v = make([8], (4, 2))
@@ -624,7 +637,7 @@ def test_what_an_operation_does_not_take_is_refused():
     refused("all must be on one device", k=k.to("meta"), v=v.to("meta"))
     refused(r"sinks \(3,\)", sinks=torch.zeros(3))
     refused("softcap=0", softcap=0)
-    refused("need the same heads", k=k[..., :8])
+    refused("k and v need the same", k=k[..., :8])
     pages = torch.zeros(2, 2, 16, 16)
     paged = Plan([1], [3], page_table=[[-1]], page_tokens=16)
     with pytest.raises(ValueError, match="the first of them number -1"):

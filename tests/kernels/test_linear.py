@@ -22,7 +22,7 @@ from rlhf.kernels.linear import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [(48, 32), (7, 100), (256, 192), (128, 800), (64, 3072)]
+SHAPES = [(48, 32), (7, 100), (256, 192), (217, 192), (128, 800), (64, 3072)]
 
 
 @pytest.fixture(params=[1, 2])
@@ -91,6 +91,21 @@ def test_pack_follows_writes_that_it_can_see():
     assert torch.equal(linear(x, weight, None, cache.update(weight)), 2 * first)
 
 
+def test_pack_follows_the_tensor_and_not_its_address():
+    """Would catch: logits of weights that are gone, where new ones were laid at their address; outputs that were cut off."""
+    x, weight, _ = make((128, 32), torch.float32, rows=5)
+    cache = PackedWeight()
+    cache.update(weight)
+    again = torch.from_numpy(weight.numpy())  # the same memory, with a count of writes of its own
+    again.numpy()[:] *= 2
+    assert again.data_ptr() == weight.data_ptr() and again._version == weight._version
+    assert torch.equal(linear(x, again, None, cache.update(again)), linear(x, again, None, pack(again)))
+    again.data = again.data[:64]
+    assert linear(x, again, None, cache.update(again)).shape == (5, 64)
+    with pytest.raises(ValueError, match=r"packed \(64, 32\) is of another weight than \(128, 32\)"):
+        linear(x, weight, None, cache.data)
+
+
 def test_pack_is_not_copied_with_its_module():
     """Would catch: a reference model that keeps the actor's pack, and deepcopy failing on an opaque
     tensor.
@@ -120,6 +135,22 @@ def test_few_rows_take_the_kernel_for_few():
     _segments.clear()
     sizes = {inner: _segment(pack(torch.randn(128, inner))) for inner in (192, 800, 3072)}
     assert sizes[192] == 192 and sizes[800] and sizes[3072], sizes
+    assert all(_segment(pack(torch.randn(outs, 192))) == 192 for outs in (7, 100, 321, 1003))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_end_with_their_number(dtype):
+    """Would catch: sums that are written beyond the last row, or a bias that is read there."""
+    if native.library("linear") is None:
+        pytest.skip("no C++ compiler")
+    x, weight, bias = make((113, 192), dtype, rows=3)
+    packed, out = pack(weight), torch.full((3 * 113 + 64,), 7.0, dtype=dtype)
+    run = native.function("linear", "linear_forward")
+    where = (x.data_ptr(), linear_module._address(packed), 0, bias.data_ptr(), out.data_ptr())
+    run(*where, 3, 192, 113, 192, 0, dtype == torch.bfloat16, 1)
+    assert (out[3 * 113 :] == 7).all() and torch.equal(
+        out[: 3 * 113].view(3, 113), packed_linear(x, packed, bias)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,6 +222,7 @@ def test_bad_arguments_are_named(packs, interpreting):
         (r"bias \(2,\) must be \(5,\)", (x, weight, torch.zeros(2))),
         ("weight is torch.float32 and x torch.bfloat16", (x.bfloat16(), weight, None)),
         ("bias is torch.float64", (x, weight, bias.double())),
+        (r"x \(\) and weight \(5, 3\)", (torch.zeros(()), weight, bias)),
         ("weight is on meta", (x, weight.to("meta"), None)),
     ):
         if "meta" in problem and (packs or not interpreting):

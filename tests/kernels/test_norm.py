@@ -1,5 +1,7 @@
 """RMSNorm: transformers' values, its gradients, and a row's bits at every number of rows, in both forms."""
 
+import re
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -134,6 +136,11 @@ def test_what_does_not_fit_is_refused():
         rms_norm(x, weight[:31], EPS)
     with pytest.raises(ValueError, match=r"weight \(6, 32\)"):
         rms_norm(x, weight.expand(6, -1).clone().requires_grad_(), EPS)
+    for shape in ((), (3, 0)):
+        nothing, same = torch.ones(shape), torch.ones(shape[-1:])
+        for norm, given in ((rms_norm, (nothing, same)), (add_rms_norm, (nothing, nothing, same))):
+            with pytest.raises(ValueError, match=rf"x {re.escape(str(shape))} must be \(..., H\)"):
+                norm(*given, EPS)
     with pytest.raises(ValueError, match="x and change must be alike"):
         add_rms_norm(x[:, 0], x[:2, 0], weight, EPS)
     apart = x[:, 0]

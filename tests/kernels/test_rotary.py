@@ -59,3 +59,11 @@ def test_heads_apart_in_memory_and_shapes_that_do_not_fit():
         rotate(torch.zeros(5, 6, 32), torch.zeros(5, 32, device="meta"), torch.zeros(5, 32))
     with pytest.raises(ValueError, match=r"x \(5, 6, 32\), cos \(4, 32\)"):
         rotate(x, cos[:4], sin[:4])
+
+
+def test_what_is_expanded_is_not_written():
+    """Would catch: a row that is rotated as often as it is shown."""
+    cos, sin = torch.ones(3, 16), torch.zeros(3, 16)
+    for x in (torch.zeros(1, 2, 16).expand(3, 2, 16), torch.zeros(3, 1, 16).expand(3, 2, 16)):
+        with pytest.raises(ValueError, match="is expanded; clone it"):
+            rotate_(x, cos, sin)

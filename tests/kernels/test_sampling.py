@@ -251,6 +251,53 @@ def test_cuts_are_exact_and_take_few_passes(form, shape, cuts, monkeypatch):
     assert passes <= most + 5 * (shape == "far away" and k > 40)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton form")
+@pytest.mark.parametrize("seed", [18, 26, 281, 315, 1])
+def test_a_nucleus_that_ends_where_what_lies_together_ends(form, seed):
+    # catches a floor above every score: in these rows (but the last) the likeliest tokens' mass is some ulps less where they lie
+    # together than in the row, and where what is wanted lies between, a search looks for more among the others and finds none
+    from rlhf.kernels import sampling_triton
+
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(seed)) * 0.5
+    scores = logits[0].double()
+    mass = scores.sub(scores.max()).exp().sort(descending=True).values.cumsum(0)
+    boundary = np.float32(mass[255] / mass[-1])  # half of the lanes' largest lie together
+    below = above = boundary
+    shares = [0.7052622820968829, boundary]
+    for _ in range(6):
+        below, above = np.nextafter(below, np.float32(0)), np.nextafter(above, np.float32(1))
+        shares += [below, above]
+    for share in shares:
+        top_p = torch.tensor([share], dtype=torch.float64)
+        floor, top, log_mass = sampling_triton.cut(logits, torch.ones(1), None, top_p, None)
+        kept = logits[0] >= floor
+        wanted = int((mass < float(share) * mass[-1]).sum()) + 1
+        assert float(floor) <= float(top) == float(logits.max()), share
+        assert abs(int(kept.sum()) - wanted) <= 1, share
+        assert float(log_mass) == pytest.approx(float(mass[int(kept.sum()) - 1].log()), abs=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuts_read_from_aligned_addresses_only(form, dtype, monkeypatch):
+    # catches sums in another order, with other bits, where the logits are a part of something that does not begin at 16 bytes
+    from rlhf.kernels import sampling_triton
+
+    rows, launch, read = make_rows(7, rows=2, dtype=dtype), sampling_triton.launch, []
+
+    def seen(kernel, grid, first, *args, **options):
+        read.append((kernel.fn.__name__, first.data_ptr() % 16))
+        launch(kernel, grid, first, *args, **options)
+
+    monkeypatch.setattr(sampling_triton, "launch", seen)
+    whole = call(rows)
+    moved = torch.zeros(2 * VOCAB + 1, dtype=dtype)[1:].view(2, VOCAB)
+    shifted = call(rows | {"logits": moved.copy_(rows["logits"])})
+    assert moved.data_ptr() % 16 and [at for name, at in read if name == "_cut"] == [0, 0]
+    for field in FIELDS:
+        assert torch.equal(getattr(shifted, field), getattr(whole, field))
+
+
 def repeated(logits, count, key=12345, **cuts):
     """Draws from one row: one sample's, at positions 0, 1, ..."""
     dtypes = {"top_k": torch.int64, "top_p": torch.float64, "min_p": torch.float64}
@@ -395,6 +442,24 @@ def test_non_finite_logits_give_a_token_and_a_nan(form, cut):
         assert found.isnan().tolist() == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_where_nothing_can_be_drawn_both_log_probs_are_nan(form, cut):
+    # catches a banned token that is returned with the log-prob of the policy, or a greedy one with 0, where no other was left:
+    # all of row 0 and 1 are banned, of row 2 what has a probability; rows 3 and 4 keep one token
+    logits = torch.randn(5, 20, generator=torch.Generator().manual_seed(2))
+    logits[2, :10] = -torch.inf
+    kept = {0: [], 1: [], 2: range(10), 3: [7], 4: [8]}
+    bans = [(row, column) for row in kept for column in range(20) if column not in kept[row]]
+    row, temperature = torch.arange(5), torch.tensor([1.0, 0.0, 0.7, 1.3, 0.0])
+    cuts = dict(top_k=row + 3, top_p=torch.full((5,), 0.9).double(), min_p=torch.full((5,), 0.1).double())
+    banned = tuple(torch.tensor(bans).T)
+    drawn = sample(logits, row, row, temperature, **(cuts if cut else {}), banned=banned)
+    assert ((0 <= drawn.tokens) & (drawn.tokens < 20)).all() and drawn.tokens[3:].tolist() == [7, 8]
+    for found in (drawn.logprobs, drawn.processed_logprobs):
+        assert found.isnan().tolist() == [True] * 3 + [False] * 2
+    assert drawn.processed_logprobs[3:].tolist() == [0, 0]
+
+
 def test_a_token_of_probability_zero_is_never_drawn(form):
     # catches noise that lifts -inf, and a first token that is taken where nothing was better
     logits = torch.full((16, 20), -torch.inf)
@@ -424,6 +489,31 @@ def test_a_token_of_probability_zero_is_never_drawn(form):
         ({"top_k": torch.tensor([1, 2, -1, 0])}, r"top_k \[1, 2, -1, 0\]"),
         ({"top_p": torch.full((4,), 1.5).double()}, r"top_p \[1.5"),
         ({"min_p": torch.full((4,), 1.5).double()}, r"min_p \[1.5"),
+        (
+            {"banned": (torch.tensor([0]), torch.tensor([1], dtype=torch.int32))},
+            r"torch.int64 and torch.int32: they",
+        ),
+        (
+            {"banned": (torch.tensor([0], dtype=torch.int32), torch.tensor([1]))},
+            r"torch.int32 and torch.int64: they",
+        ),
+        (
+            {"banned": (torch.tensor([0]).int(), torch.tensor([1]).int())},
+            r"torch.int32 and torch.int32: they",
+        ),
+        ({"banned": (torch.tensor([True]), torch.tensor([1]))}, r"torch.bool and torch.int64: they"),
+        (
+            {"banned": (torch.zeros(1, dtype=torch.int64, device="meta"), torch.tensor([1]))},
+            r"on meta, cpu and cpu",
+        ),
+        (
+            {"banned": (torch.tensor([0]), torch.zeros(1, dtype=torch.int64, device="meta"))},
+            r"on cpu, meta and cpu",
+        ),
+        (
+            {"banned": (torch.zeros(1, dtype=torch.int64, device="meta"),) * 2},
+            r"on meta, meta and cpu",
+        ),
         ({"banned": (torch.tensor([4]), torch.tensor([1]))}, r"4 to 4 is outside \[0, 4\)"),
         ({"banned": (torch.tensor([0, 1]), torch.tensor([1, -1]))}, r"-1 to 1 is outside \[0, 8\)"),
     ],

@@ -25,7 +25,7 @@ INTERPRETED = {
     "test_rotary.py": "values or refused or in_place or apart",
     "test_activation.py": "geglu_values or swiglu_keeps or unlike",
     "test_sampling.py": "(slow_reference and (dtype0-0 or dtype1-1)) or (any_width and (dtype0-17 or dtype1-1023)) or does_not_depend "
-    "or equal_scores or worst_noise or best_noise or parts_of_long or known_draws or (bit_for_bit and dtype1-0.7) or greedy or non_finite or probability_zero or (few_passes and (alike or ordered))",
+    "or equal_scores or worst_noise or best_noise or parts_of_long or known_draws or (bit_for_bit and dtype1-0.7) or greedy or non_finite or nothing_can or probability_zero or (lies_together and (281 or 315)) or aligned_addr or (few_passes and (alike or ordered))",
     "test_attention.py": "(head_size_in_fp32 and 96 and sinks) or (groups_and_bf16 and dtype1) or sinks_alone or far_apart or (segments and not dtype0) or begins_inside or (block_mask_values and 40) or hidden "
     "or (mixed_step and dtype1) or (does_not_see and (dtype1 or 17 or stored)) or wide_heads",
     "test_kv.py": "(nearest and 96) or zeros or (bits_of_their and not window and not softcap and not sinks and not given1-int8) or bytes or (one_pass and (96 or 256))",

@@ -18,7 +18,8 @@ from rlhf.models.attention import PackedContext, packed_attention
 from rlhf.models.fused import StepForward
 from rlhf.models.linear import InvariantLinear, lay_together, weights_changed
 from rlhf.models.load import save_model
-from rlhf.recipe.schema import LoraConfig
+from rlhf.recipe.schema import LoraConfig, TrainerConfig
+from rlhf.trainers.optimizers import make_optimizer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/kernels/test_triton.py runs some so
 LENGTHS = [25, 1, 40, 7]
@@ -119,6 +120,27 @@ def test_weights_that_changed_are_joined_again(prepared, pack):
     assert forward.is_fused and torch.equal(step_logits(forward, sequences), want)
 
 
+def replace(model):
+    """Other parameters, with other numbers in the same memory, that were never written to."""
+    for module in [m for m in model.modules() if type(m) is InvariantLinear]:
+        for name, old in list(module.named_parameters()):
+            new = torch.nn.Parameter(torch.from_numpy(old.detach().numpy()), requires_grad=False)
+            new.numpy()[:] += 0.5
+            setattr(module, name, new)
+
+
+def test_weights_that_others_replaced_are_joined_again(prepared, pack):
+    """Would catch: q, k and v of parameters that are gone, where new ones were laid at their address."""
+    model, sequences = prepared("qwen2"), pack(LENGTHS)
+    replace(model)
+    forward = StepForward(model)
+    replace(model)
+    forward.refresh()
+    got = step_logits(forward, sequences)
+    weights_changed(model)
+    assert forward.is_fused and torch.equal(got, own_logits(model, sequences))
+
+
 def test_hooks_are_respected(prepared, pack):
     """Would catch: a forward that goes past the hooks by which others gather, offload or look at weights."""
     model, sequences = prepared("llama"), pack(LENGTHS)
@@ -204,13 +226,18 @@ def test_weights_of_one_input_lie_together(prepared, tokenizer, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * size + 10_000
 
 
-def test_weights_that_zero_flattened_lie_together(prepared):
-    """Would catch: a joined copy for every model that is trained."""
-    model = prepared("qwen3", trainable=True)
-    parameters = [p for p in model.parameters() if p.dim() == 2]
-    flat = torch.cat([p.detach().flatten() for p in parameters])
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.data = part.view(p.shape)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_weights_that_zero_flattened_lie_together(name, optimizer, weight_decay, prepared):
+    """Would catch: a joined copy for every model that is trained, or for those with biases between their weights."""
+    model = prepared(name, trainable=True)
+    config = TrainerConfig(steps=1, optimizer=optimizer, weight_decay=weight_decay)
+    for group in make_optimizer(model, config).param_groups:
+        parameters = group["params"]
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.data = part.view(p.shape)
     assert all(one_below_another(w).data_ptr() == w[0].data_ptr() for w in families(model))
 
 
