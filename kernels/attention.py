@@ -45,7 +45,7 @@ _MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 querie
 _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
-_NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
+NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
 _NATIVE_NUMBERS = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -624,7 +624,12 @@ def _check(
         if keys[0] < plan.num_tokens:
             raise ValueError(f"k {tuple(keys)} has {len(k)} tokens, and the plan has {plan.num_tokens}")
         return
-    lowest, highest = plan.page_range
+    check_paged(plan, k)
+
+
+def check_paged(plan: Plan, pages: torch.Tensor) -> None:
+    """Raise ValueError for pages (P, Hkv, page, D) that the plan's page table does not fit."""
+    keys, (lowest, highest) = pages.shape, plan.page_range
     if keys[2] != plan.page_tokens or highest >= keys[0] or lowest < 0:
         raise ValueError(
             f"pages {tuple(keys)} for a plan with pages of {plan.page_tokens} tokens, the first of them number {lowest}, "
@@ -736,8 +741,8 @@ def _attend(
 # -- the native form ---------------------------------------------------------------------------------------------
 
 
-class _Call(ctypes.Structure):
-    """`AttentionCall` of attention.cpp."""
+class AttentionCall(ctypes.Structure):
+    """As in attention.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sinks", "starts", "query_lens")),
@@ -759,7 +764,7 @@ def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, sof
         and (q.dtype == k.dtype or k.dtype in QUANTISED)
         and k.dtype == v.dtype
         and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] in _NATIVE_DIMS
+        and q.shape[-1] in NATIVE_DIMS
         and softcap is None
         and plan.block_mask is None
         and q.shape[1] // k.shape[1] <= _MOST_GROUP
@@ -776,36 +781,38 @@ def _call(
     scale: float,
     window: int | None,
     **tensors: torch.Tensor | None,
-) -> _Call:
+) -> AttentionCall:
     """q (N', Hq, D); k, v (N, Hkv, D) or pages (P, Hkv, page, D); sinks (Hq,). It keeps what it points to alive."""
-    num_heads, dim = k.shape[1], q.shape[-1]
+    dim = q.shape[-1]
     q = heads_together(q.detach().float())
     if plan.page_table is None:
         k, v = heads_together(k.detach()), heads_together(v.detach())
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     held = {"q": q, "k": k, "v": v, "sinks": sinks, **tensors}
-    call = _Call(
-        **{name: x.data_ptr() for name, x in held.items() if x is not None},
-        **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
-        sequences=len(plan.query_lens),
-        heads=num_heads,
-        group=q.shape[1] // num_heads,
-        dim=dim,
-        q_token=q.stride(0),
-        k_token=k.stride(0),
-        v_token=v.stride(0),
-        table_width=0 if plan.page_table is None else plan.page_table.shape[1],
-        page_tokens=plan.page_tokens or 0,
-        window=window or 0,
-        threads=torch.get_num_threads() if plan.num_scores * q.shape[1] * dim > _WORTH_THREADS else 1,
-        numbers=_NATIVE_NUMBERS[k.dtype],
-        scale=scale,
-    )
+    addresses = {name: x.data_ptr() for name, x in held.items() if x is not None}
+    tokens = {"q_token": q.stride(0), "k_token": k.stride(0), "v_token": v.stride(0)}
+    call = of_plan(plan, k, q.shape[1], dim, window=window or 0, scale=scale, **addresses, **tokens)
     call.held = held, plan
     return call
 
 
-def _run(function: str, call: _Call) -> None:
+def of_plan(plan: Plan, k: torch.Tensor, heads: int, dim: int, /, **fields: Any) -> AttentionCall:
+    """What a plan says, for `heads` of q and k (N, Hkv, D) or pages (P, Hkv, page, D); it is to be kept alive."""
+    return AttentionCall(
+        **{name: None if x is None else x.ctypes.data for name, x in plan.arrays.items()},
+        sequences=len(plan.query_lens),
+        heads=k.shape[1],
+        group=heads // k.shape[1],
+        dim=dim,
+        table_width=0 if plan.page_table is None else plan.page_table.shape[1],
+        page_tokens=plan.page_tokens or 0,
+        threads=torch.get_num_threads() if plan.num_scores * heads * dim > _WORTH_THREADS else 1,
+        numbers=_NATIVE_NUMBERS[k.dtype],
+        **fields,
+    )
+
+
+def _run(function: str, call: AttentionCall) -> None:
     if getattr(native.library("attention"), function)(ctypes.byref(call)):
         raise RuntimeError(f"attention.cpp has no {function} for heads of {call.dim}")
 

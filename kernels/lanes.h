@@ -73,21 +73,26 @@ inline void store(float* to, Floats x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// Rounded to the nearest, ties to even; NaN stays NaN. Where the CPU has an instruction for it, what is below the smallest
-// normal number becomes 0.
+// Rounded to the nearest, ties to even, as torch does; NaN stays NaN.
 template <typename Floats>
-inline typename Vector<uint16_t, sizeof(Floats) / sizeof(float)>::Type halves_of(Floats x) {
+inline typename Vector<uint16_t, sizeof(Floats) / sizeof(float)>::Type nearest_halves(Floats x) {
   constexpr int kCount = sizeof x / sizeof(float);
-  typedef typename Vector<uint16_t, kCount>::Type Halves;
-#if HAS_ROUNDING_TO_BF16
-  if constexpr (kCount == 16) return (Halves)_mm512_cvtneps_pbh((__m512)x);
-#endif
   typedef typename Vector<uint32_t, kCount>::Type Words;
   Words words;
   std::memcpy(&words, &x, sizeof words);
   words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
   words = x != x ? Words{} + 0x7FC0 : words;
-  return __builtin_convertvector(words, Halves);
+  return __builtin_convertvector(words, typename Vector<uint16_t, kCount>::Type);
+}
+
+// The same; where the CPU has an instruction for it, what is below the smallest normal number becomes 0.
+template <typename Floats>
+inline typename Vector<uint16_t, sizeof(Floats) / sizeof(float)>::Type halves_of(Floats x) {
+#if HAS_ROUNDING_TO_BF16
+  if constexpr (sizeof x == 16 * sizeof(float))
+    return (typename Vector<uint16_t, 16>::Type)_mm512_cvtneps_pbh((__m512)x);
+#endif
+  return nearest_halves(x);
 }
 
 template <typename Floats>

@@ -24,14 +24,14 @@ from rlhf.kernels.form import NATIVE, ONEDNN, TORCH, TRITON, took
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_PACKING = 256  # rows, from which on a weight is packed for one product
 _ROW_STEPS = ((16, 4), (256, 8), (512, 16))
-_FEW = 48  # rows up to which linear.cpp is the faster one
+FEW_ROWS = 48  # up to which linear.cpp is the faster one
 _SOME, _SOME_STEP = 128, 8  # rows up to which it is where oneDNN's would be padded
 _WORTH_A_KERNEL = 1 << 30  # products of which a twentieth takes as long as oneDNN to build a kernel
 _MOST_KERNELS = 1024  # that oneDNN remembers
 _BLOCK = 64  # outputs that oneDNN's pack keeps together
 _SEGMENTS = (512, 1024)  # inputs that oneDNN may add up by themselves
 _TRIAL_OUTS, _TRIAL_ROWS = 256, (56, 256)
-_ALONE = 1 << 20  # products that are not worth waking threads for
+ALONE = 1 << 20  # products that are not worth waking threads for
 _layouts: dict[
     tuple[torch.Size, torch.dtype], bool
 ] = {}  # whether packs of a shape lie as linear.cpp reads them
@@ -129,7 +129,9 @@ def row_bucket(num_rows: int) -> int:
     """The number of rows that a caller may pad its rows to, to save a copy of x in every linear: oneDNN builds a kernel
     for each new number of rows (about 1 ms), so that numbers are rounded up to a few."""
     return (
-        max(num_rows, 1) if num_rows <= _FEW and native.library("linear") is not None else _bucket(num_rows)
+        max(num_rows, 1)
+        if num_rows <= FEW_ROWS and native.library("linear") is not None
+        else _bucket(num_rows)
     )
 
 
@@ -245,7 +247,7 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     pack of concatenated weights gives each weight's own bits."""
     few, shape = packed.__dict__.get("few") or _FewRows(packed), x.shape
     num_rows = x.numel() // few.inner
-    if 0 < num_rows <= _SOME and (num_rows <= _FEW or num_rows % _SOME_STEP):
+    if 0 < num_rows <= _SOME and (num_rows <= FEW_ROWS or num_rows % _SOME_STEP):
         if few.takes(x, bias) and shape[-1] == few.inner and (segment := few.segment(packed)):
             took("linear", NATIVE)
             return multiply(x, few.address, few.outs, few.inner, bias, group=segment)
@@ -324,9 +326,17 @@ def multiply(
     native.function("linear", "linear_forward")(
         x.data_ptr(), weights, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         num_rows, inner, outs, group, bits, x.dtype is torch.bfloat16,
-        1 if num_rows * outs * inner <= _ALONE else torch.get_num_threads(),
+        1 if num_rows * outs * inner <= ALONE else torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def native_form(packed: torch.Tensor) -> tuple[int, int] | None:
+    """The address of a pack that linear.cpp reads, and the `group` with which it gives oneDNN's bits with as many threads as
+    there are now; None where it does not."""
+    few = packed.__dict__.get("few") or _FewRows(packed)
+    segment = few.segment(packed)
+    return (few.address, segment) if segment else None
 
 
 def _segment(packed: torch.Tensor) -> int:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 
-_SMALL = 1 << 19  # elements
+SMALL = 1 << 19  # elements
 
 
 def worth(num_elements: int) -> int:
     """How many threads a function of our own gives to an elementwise pass over that many."""
-    return 1 if num_elements <= _SMALL else torch.get_num_threads()
+    return 1 if num_elements <= SMALL else torch.get_num_threads()
 
 
 class serial:
@@ -24,7 +24,7 @@ class serial:
     __slots__ = ("_before",)
 
     def __init__(self, num_elements: int) -> None:
-        self._before = torch.get_num_threads() if num_elements <= _SMALL else 1
+        self._before = torch.get_num_threads() if num_elements <= SMALL else 1
 
     def __enter__(self) -> None:
         if self._before > 1:

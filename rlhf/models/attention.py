@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.kernels.attention import Plan, attend_packed, attend_paged
+from rlhf.kernels.decoder import Layers
 from rlhf.kernels.kv import (
     KvScales,
     check_pages,
@@ -139,6 +140,16 @@ class PagedContext:
         norm = {"norm_weights": norm_weights, "eps": eps}
         q = norm_rotate_write(q, k, v, k_pages, v_pages, rows, kv_scales=scales, **angles, **norm)
         return attend_paged(q, k_pages, v_pages, self.plan, kv_scales=scales, **options)
+
+    def run(
+        self, layers: Layers, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor | None:
+        """All layers at once, as `Layers` has it; None where it does not serve the step."""
+        pages = self.k_pages[0]
+        if not layers.takes(len(x), self.plan, pages):
+            return None
+        rows = self._rows_of(pages.shape[1])
+        return layers(x, cos, sin, self.plan, rows, self.k_pages, self.v_pages, self.kv_scales)
 
     def _scales(self, layer: int) -> KvScales | None:
         return None if self.kv_scales is None else self.kv_scales[layer]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rlhf.kernels.activation import swiglu
 from rlhf.kernels.attention import Plan
+from rlhf.kernels.decoder import Layers, LayerWeights, Weight, build
 from rlhf.kernels.linear import can_join, joined_linear, one_below_another, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
 from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
@@ -134,12 +135,15 @@ class _Decoder:
         self.layers = [
             _Layer(i, layer, o) for i, (layer, o) in enumerate(zip(decoder.layers, options, strict=True))
         ]
+        self.native: Layers | None = None  # all of them in one call, for few tokens
 
     def refresh(self) -> None:
         for layer in self.layers:
             layer.refresh()
+        self.native = self._native()
 
     def drop_packs(self) -> None:
+        self.native = None
         for joined in (j for layer in self.layers for j in layer.joined):
             joined.drop_pack()
 
@@ -158,11 +162,21 @@ class _Decoder:
         x = F.embedding(token_ids, self.embed_tokens.weight)  # (N, H), from here on written in place
         cos, sin = (a[0] for a in self.rotary(x[None], positions[None]))  # (N, D)
         change = None  # what is added to x next, by the norm that reads the sum
-        for layer in self.layers:
-            change = layer(x, change, cos, sin, context, adapters)
+        if self.native is not None and isinstance(context, PagedContext) and not adapters:
+            change = context.run(self.native, x, cos, sin)
+        if change is None:
+            for layer in self.layers:
+                change = layer(x, change, cos, sin, context, adapters)
         if keep is not None:
             x, change = x.index_select(0, keep), change.index_select(0, keep)
         return self.head(_normed(x, self.norm, change))
+
+    def _native(self) -> Layers | None:
+        weights, first = [layer.weights() for layer in self.layers], self.layers[0]
+        shapes = {(layer.heads, layer.kv_heads, layer.head_dim) for layer in self.layers}
+        if len(shapes) > 1 or any(w is None for w in weights):
+            return None
+        return build([w for w in weights if w is not None], first.heads, first.kv_heads, first.head_dim)
 
 
 class _Layer:
@@ -197,6 +211,26 @@ class _Layer:
         if self.head_norms is not None:
             q, k = (norm.weight.detach() for norm in self.head_norms)
             self.head_weights = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+
+    def weights(self) -> LayerWeights | None:
+        """As the kernels for few tokens take them; None where they do not."""
+        if self.options["softcap"] is not None or self.options["sinks"] is not None:
+            return None
+        forms = {"qkv": self.qkv, "out": self.o_proj, "gate_up": self.gate_up, "down": self.down_proj}
+        found = {name: form for name, joined in forms.items() if (form := joined.form()) is not None}
+        if len(found) < len(forms):
+            return None
+        norms = [norm.weight.detach() for norm in self.norms]
+        eps = [norm.variance_epsilon for norm in self.norms]
+        return LayerWeights(
+            input_norm=norms[0],
+            post_norm=norms[1],
+            head_norms=self.head_weights,
+            eps=(*eps, 0.0 if self.head_norms is None else self.head_norms[0].variance_epsilon),
+            scale=self.options["scale"],
+            window=self.options["window"],
+            **found,
+        )
 
     def __call__(
         self,
@@ -267,6 +301,14 @@ class _Joined:
     def drop_pack(self) -> None:
         self._packed = self._weight = self._quantized = self._bias = self._source = None
         self._tensors = []
+
+    def form(self) -> tuple[Weight, torch.Tensor | None] | None:
+        """The weight that the product reads on a CPU, and the bias."""
+        weight: Weight | None = self._quantized if self._quantized is not None else self._packed
+        bias = self._bias
+        if weight is None and len(self.linears) == 1 and type(self.linears[0]) is InvariantLinear:
+            weight, bias = self.linears[0].packed_weight(), self.linears[0].bias
+        return None if weight is None else (weight, None if bias is None else bias.detach())
 
     def __call__(self, x: torch.Tensor, adapters: AdapterRows = ()) -> torch.Tensor:
         out = self._product(x)

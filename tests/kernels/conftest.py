@@ -38,7 +38,7 @@ if INTERPRETED:
 def shared_out(request, monkeypatch):
     """That many threads, for work of any size."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads, "_SMALL", 0)
+    monkeypatch.setattr(threads, "SMALL", 0)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)

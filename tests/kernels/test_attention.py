@@ -116,7 +116,7 @@ def test_gradient_of_whole_sequences():
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize("dim", attention._NATIVE_DIMS)
+@pytest.mark.parametrize("dim", attention.NATIVE_DIMS)
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"sinks": True}], ids=str)
 def test_every_head_size_in_fp32(dim, options):
     """Would catch: lanes in a wrong order, a masked lane that counts, an exponential that is off."""
@@ -268,7 +268,7 @@ def test_pages_give_the_bits_of_the_pack(heads, options, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [8, *attention._NATIVE_DIMS])
+@pytest.mark.parametrize("dim", [8, *attention.NATIVE_DIMS])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_head_size_decodes_in_the_bits_of_the_pack(heads, dim, dtype):
     """Would catch: another order of additions, or another rounding, for rows alone than for rows together."""
@@ -293,7 +293,7 @@ def test_any_mixture_of_chunks_gives_the_same_bits(data):
     heads = data.draw(st.sampled_from(HEADS))
     window = data.draw(st.sampled_from([None, 1, 20, 140]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    q, k, v = make(lengths, heads, dtype, data.draw(st.sampled_from(attention._NATIVE_DIMS)))
+    q, k, v = make(lengths, heads, dtype, data.draw(st.sampled_from(attention.NATIVE_DIMS)))
     expected = packed_attention(q, k, v, ends(lengths), scale=0.3, window=window)
     chosen = np.concatenate([np.arange(s + c - n, s + c) for s, c, n in zip(ends(lengths), context, query)])
     pages = Pages(k, v, lengths, data.draw(st.sampled_from([16, 32, 128])))
