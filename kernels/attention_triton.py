@@ -502,19 +502,81 @@ def _is_wide(dtype: torch.dtype, tile: Tile) -> bool:
     return dtype != torch.float32 and max(tile.dim, tile.v_dim) > 128
 
 
+class DecodePlan(Plan):
+    """One query for each of S sequences, of contexts of up to `pages` pages, whose numbers `fill` writes to where they were
+    on the device: what a CUDA graph is recorded with. A sequence's bits are those of a plan of its own."""
+
+    def __init__(self, sequences: int, pages: int, page_tokens: int, device: torch.device) -> None:
+        tokens = pages * page_tokens
+        table = np.zeros((sequences, pages), np.int64)
+        super().__init__(
+            [1] * sequences, [tokens] * sequences, page_table=table, page_tokens=page_tokens, device=device
+        )
+        self.shared = tokens > SEGMENT
+        self._of_window: list[tuple[tuple[int, int | None], Work]] = []
+        self._sequences = tuple(self._zeros(sequences, width) for width in (8, pages))
+        self.made["triton sequences"] = self._sequences
+
+    def work(self, queries: int, window: int | None) -> Work:
+        """Room for the work of any contexts; it says nothing to do until the next `fill`."""
+        for key, work in self._of_window:
+            if key == (queries, window):
+                return work
+        tokens, count = self.page_table.shape[1] * self.page_tokens, len(self.query_lens)
+        parts = -(-tokens // SEGMENT)
+        if window is not None:
+            parts = min(parts, -(-window // SEGMENT) + 1)
+        work = Work(self._zeros(count, 8), self._zeros(count * parts, 8) if self.shared else None, None)
+        self._of_window.append(((queries, window), work))
+        return work
+
+    def fill(self, context_lens: np.ndarray, page_table: np.ndarray) -> None:
+        """Contexts (S,) and pages (S, at most `pages`) of the next run. Raises ValueError for what does not fit."""
+        count, most = self.page_table.shape
+        if len(context_lens) != count or page_table.shape[1] > most:
+            raise ValueError(
+                f"contexts {context_lens.shape} in pages {page_table.shape} for a plan of {count} sequences and {most} pages"
+            )
+        now = Plan([1] * count, context_lens, page_table=page_table, page_tokens=self.page_tokens)
+        seqs, table = _sequence_numbers(now)
+        self._sequences[0].copy_(_pinned(seqs, self.device), non_blocking=True)
+        self._sequences[1][:, : table.shape[1]].copy_(_pinned(table, self.device), non_blocking=True)
+        for (queries, window), work in self._of_window:
+            items, shares, _ = _work_numbers(now, queries, window, "all", self.shared)
+            work.items.copy_(_pinned(items, self.device), non_blocking=True)
+            if work.shares is not None and shares is not None:
+                room = np.zeros(tuple(work.shares.shape), np.int64)  # no queries
+                room[: len(shares)] = shares
+                work.shares.copy_(_pinned(room, self.device), non_blocking=True)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+
+def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """int32 in memory that a GPU can copy from by itself."""
+    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
+    return x.pin_memory() if device.type == "cuda" else x
+
+
 def work_of(
     plan: Plan, group: int, window: int | None, tile: Tile, members: Members = "all", *, shared: bool = False
 ) -> Work:
     """The work of some of a plan's sequences, made once for all layers; `shared`: a segment a program."""
+    if isinstance(plan, DecodePlan):
+        return plan.work(tile.rows // group, window)
     key = ("triton", group, window, tile.rows, members, shared)
     if key not in plan.made:
-        plan.made[key] = _make_work(plan, tile.rows // group, window, members, shared)
+        numbers = _work_numbers(plan, tile.rows // group, window, members, shared)
+        plan.made[key] = Work(*(None if x is None else _int32(x, plan) for x in numbers))
     return plan.made[key]
 
 
 def shares_of(plan: Plan, window: int | None) -> list[tuple[Members, bool]]:
     """Which sequences are worked on together, and whether programs take a segment each. Those of few queries and a long
     context cannot fill a GPU otherwise, whatever else is in the plan. Found once for all layers."""
+    if isinstance(plan, DecodePlan):
+        return [("all", plan.shared)]
     key = ("triton shares", window)
     if key not in plan.made:
         plan.made[key] = _find_shares(plan, window)
@@ -534,7 +596,10 @@ def _few(plan: Plan) -> np.ndarray:
     return plan.query_lens <= _FEW_QUERIES
 
 
-def _make_work(plan: Plan, queries: int, window: int | None, members: Members, shared: bool) -> Work:
+def _work_numbers(
+    plan: Plan, queries: int, window: int | None, members: Members, shared: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """As `Work` has them."""
     before = plan.context_lens - plan.query_lens
     seq, first, count = plan.pieces(queries)
     if members != "all":
@@ -567,19 +632,23 @@ def _make_work(plan: Plan, queries: int, window: int | None, members: Members, s
         items[:, 4:6], ranges = items[:, 6:8], np.stack([starts, stops], 1)
     if not shared:
         items = items[np.argsort(key_from - key_end, kind="stable")]  # the longest first
-    return Work(*(None if x is None else _int32(x, plan) for x in (items, shares, ranges)))
+    return items, shares, ranges
 
 
 def _sequences(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """(S, 8): first query, its position, prefix, context, row of the page table; and the table (S, pages)."""
     if "triton sequences" not in plan.made:
-        zeros = np.zeros(len(plan.query_lens), np.int64)
-        prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
-        before = plan.context_lens - plan.query_lens
-        own = (plan.starts, before, prefix, plan.context_lens, np.arange(len(zeros)), zeros, zeros, zeros)
-        table = np.zeros((1, 1), np.int64) if plan.page_table is None else plan.page_table
-        plan.made["triton sequences"] = _int32(np.stack(own, 1), plan), _int32(table, plan)
+        seqs, table = _sequence_numbers(plan)
+        plan.made["triton sequences"] = _int32(seqs, plan), _int32(table, plan)
     return plan.made["triton sequences"]
+
+
+def _sequence_numbers(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    zeros = np.zeros(len(plan.query_lens), np.int64)
+    prefix = zeros if plan.prefix_starts is None else plan.prefix_starts
+    before = plan.context_lens - plan.query_lens
+    own = (plan.starts, before, prefix, plan.context_lens, np.arange(len(zeros)), zeros, zeros, zeros)
+    return np.stack(own, 1), np.zeros((1, 1), np.int64) if plan.page_table is None else plan.page_table
 
 
 def key_work_of(plan: Plan, keys: int) -> KeyWork:

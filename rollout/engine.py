@@ -59,7 +59,7 @@ class Engine:
             model.device,
         )
         self._pool = PagePool(0)
-        self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights))
+        self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights), graphs=config.cuda_graphs)
         self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, self._vocab)
         self._lengths = Lengths()
         self._drafts = Drafts(config.draft_tokens, model.device.type)
@@ -233,23 +233,23 @@ class Engine:
         self._scheduler.restart(version)
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
         weights_changed(self.model)
-        self._runner.forward.forget()
+        self._runner.forget()
         if self._jobs:
-            self._runner.forward.refresh()
+            self._runner.refresh()
 
     def sleep(self) -> None:
         """Give the memory of the cache and of the joined weights back while the trainer works. Samples in work go on
         after `wake`."""
         self._scheduler.restart(self.version)
         self._drop_cache()
-        self._runner.forward.forget()
+        self._runner.forget()
 
     def wake(self) -> None:
         """Take the cache's memory again where its size is fixed, or samples are in work; else the next call takes what it
         needs."""
         if self._jobs:
             self._reserve([])
-            self._runner.forward.refresh()
+            self._runner.refresh()
         elif self.config.cache_tokens is not None:
             self._grow(self.config.cache_tokens // self.config.page_tokens)
 
@@ -261,7 +261,7 @@ class Engine:
         if not self._jobs:
             self._was_training = self.model.training
             self.model.eval()
-            self._runner.forward.refresh()
+            self._runner.refresh()
         jobs = self._samples.add(requests)
         for job in jobs:
             self._jobs[job.request.id] = job
@@ -280,14 +280,31 @@ class Engine:
         if not self._scheduler.has_work:
             return updates
         step = self._scheduler.schedule()
-        logits = self._runner.run(step, self._samples)
         drawing = step.drawing
-        self._score(step, logits[step.num_logits :])
-        self._draw(step, logits)
+        if not self._decode(step):
+            logits = self._runner.run(step, self._samples)
+            self._score(step, logits[step.num_logits :])
+            self._draw(step, logits)
         copies = self._scheduler.commit(step)
         self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
         self._num_steps += 1
         return updates + self._news(drawing)
+
+    def _decode(self, step: Step) -> bool:
+        """A step in which every sample goes on by one token, draws and all in one launch; False where it has to be run launch
+        by launch."""
+        if not self._runner.can_decode(step) or len(self._special.among(step.decoding)):
+            return False
+        rows, samples = step.decoding, self._samples
+        parameters = draw_parameters(samples, rows, samples.count[rows], torch.device("cpu"))
+        drawn = self._runner.decode(step, samples, parameters)
+        if drawn is None:
+            return False
+        tokens, logprobs, processed = drawn
+        self._record(
+            rows, (tokens.astype(np.int64), logprobs.astype(np.float32), processed.astype(np.float32))
+        )
+        return True
 
     def _prompt_scores(self, job: Job) -> PromptScores | None:
         params = job.request.params

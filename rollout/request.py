@@ -178,6 +178,7 @@ class EngineConfig:
         "recompute"  # of work that gives way: its keys made again, or put by
     )
     draft_tokens: int = 0  # most tokens of a sample that are guessed and checked in one pass; 0 = none
+    cuda_graphs: bool = True  # on a GPU, run decoding steps as recorded graphs
     cache_responses: bool = (
         False  # find the text of a finished response again too, as the next turn of a chat does
     )

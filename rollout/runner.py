@@ -6,7 +6,9 @@ itself (`rlhf.models.attention`) and the choice of tokens (`rlhf.kernels.samplin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from rlhf.models.adapters import Adapter, AdapterRows
 from rlhf.models.attention import PagedContext
 from rlhf.models.fused import StepForward
 from rlhf.rollout.cache import KVPages
+from rlhf.rollout.graphs import DecodeGraphs, DecodeStep, Recorder, serves
 from rlhf.rollout.samples import Samples
 from rlhf.rollout.scheduler import Chunk, Step
 
@@ -24,11 +27,59 @@ from rlhf.rollout.scheduler import Chunk, Step
 class Runner:
     """Runs steps on `model`, which stays the trainer's: its tensors are read, never copied."""
 
-    def __init__(self, model: PreTrainedModel, pages: KVPages, bits: int | None = None):
-        """`bits` 8 or 4: of copies of the layers' weights that the steps run from."""
+    def __init__(
+        self, model: PreTrainedModel, pages: KVPages, bits: int | None = None, *, graphs: bool = False
+    ):
+        """`bits` 8 or 4: of copies of the layers' weights that the steps run from. `graphs`: record decoding steps, on a GPU."""
         self.model, self.pages = model, pages
         self.forward = StepForward(model, bits)
         self.adapters: dict[int, Adapter] = {}  # by their number
+        self.graphs: DecodeGraphs | None = None
+        if graphs and serves(model):
+            self.graphs = DecodeGraphs(self.forward, pages, Recorder(model.device))
+
+    def refresh(self) -> None:
+        """Take note of weights that were written in the open. Call it before a series of steps."""
+        self.forward.refresh()
+        if self.graphs is not None:
+            self.graphs.refresh()
+
+    def forget(self) -> None:
+        """Drop what was made of the weights, after writes that leave no trace and to give the memory back."""
+        self.forward.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
+
+    def can_decode(self, step: Step) -> bool:
+        """Whether `decode` may serve the step: one new token each, and none of a model with adapters."""
+        return (
+            self.graphs is not None
+            and not self.adapters
+            and not step.chunks
+            and len(step.decoding) > 0
+            and not step.guesses.counts.any()
+        )
+
+    @torch.no_grad()
+    def decode(self, step: Step, samples: Samples, parameters: Mapping[str, Any]) -> np.ndarray | None:
+        """The draws of a step that `can_decode`, as `DecodeGraphs.run` gives them; parameters from `draw_parameters`, in host
+        memory. None where it has to be run launch by launch."""
+        assert self.graphs is not None
+        if parameters["banned"] is not None:
+            return None
+        packed, rows = _pack(step, samples, self.pages.page_tokens), step.decoding
+        return self.graphs.run(
+            DecodeStep(
+                token_ids=packed.token_ids,
+                positions=packed.positions,
+                slots=packed.slots,
+                page_table=packed.page_table,
+                context_lens=packed.context_lens,
+                keys=samples.key[rows],
+                counts=samples.count[rows],
+                parameters=parameters,
+            )
+        )
 
     @torch.no_grad()
     def run(self, step: Step, samples: Samples) -> torch.Tensor:

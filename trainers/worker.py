@@ -236,6 +236,7 @@ class Worker(WeightMethods):
             kv_dtype=r.kv_dtype,
             weights=r.weights,
             draft_tokens=r.draft_tokens,
+            cuda_graphs=r.cuda_graphs,
         )
         return Engine(model, config)
 

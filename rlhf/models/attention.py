@@ -89,6 +89,7 @@ class PagedContext:
     context_lens: np.ndarray | torch.Tensor | Sequence[int]  # (S,) positions, new tokens included
     query_starts: np.ndarray | torch.Tensor | Sequence[int]  # (S+1,), where each sequence's new tokens begin
     kv_scales: Sequence[KvScales] | None = None  # per layer, of int8 and fp8 pages
+    made_plan: Plan | None = None  # a plan of what the three before it say, if there is one
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class PagedContext:
         starts = starts.cpu().numpy() if isinstance(starts, torch.Tensor) else np.asarray(starts)
         check_pages(self.k_pages[0], self.v_pages[0], self._scales(0))
         _, heads, page_tokens, _ = self.k_pages[0].shape
-        self.plan = Plan(
+        self.plan = self.made_plan or Plan(
             np.diff(starts),
             self.context_lens,
             page_table=self.page_table,
@@ -153,6 +154,10 @@ class PagedContext:
 
     def _scales(self, layer: int) -> KvScales | None:
         return None if self.kv_scales is None else self.kv_scales[layer]
+
+    def forget_rows(self) -> None:
+        """Before another run, for slots that were written anew."""
+        self._rows.clear()
 
     def _rows_of(self, heads: int) -> torch.Tensor:
         if heads not in self._rows:

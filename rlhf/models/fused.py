@@ -69,6 +69,13 @@ class StepForward:
         found = {path: m for j in joined for (path, _), m in zip(j.paths, j.linears, strict=True)}
         return found if all(type(m) is InvariantLinear for m in found.values()) else {}
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the weights that a forward reads, joined ones among them: while they stay, a CUDA graph of one may be run again."""
+        own = [x.data_ptr() for x in (*self._model.parameters(), *self._model.buffers())]
+        made = [] if self._decoder is None else [x.data_ptr() for x in self._decoder.made]
+        return (*own, *made)
+
     def refresh(self) -> None:
         """Take note of weights that were written in the open, and of hooks. Call it before a series of steps."""
         self._use_decoder = self._decoder is not None and _is_plain(self._model)
@@ -146,6 +153,16 @@ class _Decoder:
         self.native = None
         for joined in (j for layer in self.layers for j in layer.joined):
             joined.drop_pack()
+
+    @property
+    def made(self) -> list[torch.Tensor]:
+        """What `refresh` made of the weights."""
+        of_layers = [
+            x
+            for layer in self.layers
+            for x in (layer.head_weights, *(t for j in layer.joined for t in j.made))
+        ]
+        return [x for x in of_layers if x is not None]
 
     def quantize(self, bits: int) -> bool:
         """From the next `refresh` on the layers' linears have so many bits; False where one cannot."""
@@ -301,6 +318,11 @@ class _Joined:
     def drop_pack(self) -> None:
         self._packed = self._weight = self._quantized = self._bias = self._source = None
         self._tensors = []
+
+    @property
+    def made(self) -> list[torch.Tensor | None]:
+        few = () if self._quantized is None else (self._quantized.values, self._quantized.scales)
+        return [self._weight, self._bias, *few]
 
     def form(self) -> tuple[Weight, torch.Tensor | None] | None:
         """The weight that the product reads on a CPU, and the bias."""

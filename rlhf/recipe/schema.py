@@ -270,6 +270,9 @@ class RolloutConfig(Section):
     draft_tokens: NonNegative = 0
     """Most tokens of a sample that are guessed and checked in one pass, from the prompt, its group and earlier epochs'
     responses, while few samples are left; no guess changes a sample. 0 = none."""
+    cuda_graphs: bool = True
+    """On a GPU, record a decoding step's launches once for each number of rows and run them as one; no sample changes. Their
+    memory is some hundred MiB."""
 
     @property
     def is_rounded(self) -> bool:
