@@ -54,7 +54,7 @@ _NATIVE_NUMBERS = {
 }  # keys and values there
 _FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
 _MOST_TRITON_GROUP = 64
-_MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
+MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
 _WORTH_THREADS = 1 << 22  # multiplications, from which on they are shared out
 
 
@@ -767,7 +767,7 @@ def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, sof
         and q.shape[-1] in NATIVE_DIMS
         and softcap is None
         and plan.block_mask is None
-        and q.shape[1] // k.shape[1] <= _MOST_GROUP
+        and q.shape[1] // k.shape[1] <= MOST_GROUP
         and native.library("attention") is not None
     )
 

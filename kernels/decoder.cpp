@@ -52,6 +52,7 @@ struct LayersCall {
   float *query, *out;              // (tokens, query heads, dim), of a dtype that is not fp32
   int64_t count, tokens, repeats, hidden, is_bf16, activation;
   int64_t products_alone, numbers_alone, threads;  // up to which one thread works, and how many do else
+  int64_t failed;                                  // set where attention has no such heads
   float most, inverse;                             // of int8 and fp8 pages
 };
 }
@@ -61,7 +62,7 @@ namespace {
 template <typename T>
 class Decoder {
  public:
-  explicit Decoder(const LayersCall& call)
+  explicit Decoder(LayersCall& call)
       : c_(call), do_(*call.operations), heads_(call.attention->heads), dim_(call.attention->dim),
         query_heads_(heads_ * call.attention->group) {}
 
@@ -123,7 +124,7 @@ class Decoder {
     call.q = q;
     call.q_token = token;
     call.out = static_cast<float*>(c_.attended);
-    do_.attention(&call);
+    c_.failed |= do_.attention(&call);
     repeat(call.out);
   }
 
@@ -134,7 +135,7 @@ class Decoder {
     call.q = c_.query;
     call.q_token = width;
     call.out = c_.out;
-    do_.attention(&call);
+    c_.failed |= do_.attention(&call);
     repeat(c_.out);
     Bf16* to = static_cast<Bf16*>(c_.attended);
     for (int64_t i = 0; i < c_.tokens * width; i += kLanes) {
@@ -160,7 +161,7 @@ class Decoder {
 
   int64_t threads_for(int64_t numbers) const { return numbers <= c_.numbers_alone ? 1 : c_.threads; }
 
-  const LayersCall& c_;
+  LayersCall& c_;
   const Operations& do_;
   const int64_t heads_, dim_, query_heads_;
 };
@@ -169,7 +170,7 @@ class Decoder {
 
 extern "C" {
 
-void run_layers(const LayersCall* call) {
+void run_layers(LayersCall* call) {
   if (call->is_bf16)
     Decoder<Bf16>(*call).run();
   else

@@ -9,7 +9,6 @@ from Python takes as long as their work. Not here: what is before and after the 
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 
 from rlhf.kernels import linear, native, threads
-from rlhf.kernels.attention import NATIVE_DIMS, Plan, check_paged, of_plan
+from rlhf.kernels.attention import MOST_GROUP, NATIVE_DIMS, Plan, check_paged, of_plan
 from rlhf.kernels.form import NATIVE, took
-from rlhf.kernels.kv import QUANTISED, KvScales, inverse_of
+from rlhf.kernels.kv import QUANTISED, KvScales, check_pages, inverse_of
+from rlhf.kernels.layout import Noted
 from rlhf.kernels.quantized import QuantizedWeight
 
 MOST_TOKENS = linear.FEW_ROWS
@@ -62,14 +62,14 @@ class Layers:
         self._heads, self._kv_heads, self._dim = heads, kv_heads, dim
         self._dtype = layers[0].input_norm.dtype
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
-        self._pages: list[torch.Tensor] = []  # what the layers' addresses are of
+        self._pages: Noted | None = None  # what the layers' addresses are of
         self._operations = _Operations(
             *(
                 ctypes.cast(getattr(native.library(file), name), ctypes.c_void_p)
                 for name, file in _OPERATIONS.items()
             )
         )
-        hidden, inner = len(layers[0].input_norm), self._layers[0].down.inputs
+        hidden, inner = len(layers[0].input_norm), max(layer.down.inputs for layer in self._layers)
         sizes = {
             "change": hidden,
             "normed": hidden,
@@ -128,21 +128,23 @@ class Layers:
         if not cos.shape == sin.shape == (tokens, dim) or x.shape[1] != self._call.hidden:
             shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
             raise ValueError(f"{shapes} for layers of {self._call.hidden} numbers a token and {dim} a head")
-        if any(t.dtype != self._dtype or not t.is_contiguous() for t in (x, cos, sin)):
+        if any(t.dtype != self._dtype or not (t.is_cpu and t.is_contiguous()) for t in (x, cos, sin)):
             raise ValueError(
-                f"x {x.dtype}, cos {cos.dtype} and sin {sin.dtype} must be {self._dtype}, without gaps"
+                f"x {x.dtype}, cos {cos.dtype} and sin {sin.dtype} must be {self._dtype}, on the CPU and without gaps"
             )
+        alike = rows.dtype == torch.int64 and rows.is_contiguous() and rows.is_cpu
         if (
-            rows.shape != (tokens * self._kv_heads,)
-            or rows.dtype != torch.int64
+            not alike
+            or rows.shape != (tokens * self._kv_heads,)
             or plan.num_tokens + plan.num_repeats != tokens
         ):
             raise ValueError(
-                f"{tokens} tokens, rows {tuple(rows.shape)} for {self._kv_heads} heads of keys, and a plan of "
+                f"{tokens} tokens, rows {tuple(rows.shape)} {rows.dtype} for {self._kv_heads} heads of keys, and a plan of "
                 f"{plan.num_tokens} and {plan.num_repeats} repeats"
             )
-        check_paged(plan, k_pages[0])
         self._note_pages(k_pages, v_pages, kv_scales)
+        check_paged(plan, k_pages[0])
+        _check_rows(rows, k_pages[0])
         attention = of_plan(plan, k_pages[0], self._heads, dim)
         call, stored = self._call, k_pages[0].dtype
         call.attention = ctypes.addressof(attention)
@@ -152,6 +154,8 @@ class Layers:
             call.most, call.inverse = QUANTISED[stored], inverse_of(stored)
         took("decoder layers", NATIVE)
         native.function("decoder", "run_layers")(ctypes.addressof(call))
+        if call.failed:
+            raise RuntimeError(f"attention.cpp has nothing for {self._heads} heads of {dim}")
         return self._room["change"][:tokens]
 
     def _note_pages(
@@ -161,13 +165,43 @@ class Layers:
         kv_scales: Sequence[KvScales] | None,
     ) -> None:
         given = [*k_pages, *v_pages, *(s for pair in kv_scales or () for s in pair)]
-        if len(given) == len(self._pages) and all(map(operator.is_, given, self._pages)):
+        if self._pages is not None and self._pages.hold(given):
             return
-        self._pages = given  # which keeps them alive
+        self._check_pages(k_pages, v_pages, kv_scales)
+        self._pages = Noted(given, written=False)
         for i, layer in enumerate(self._layers):
             layer.k_pages, layer.v_pages = k_pages[i].data_ptr(), v_pages[i].data_ptr()
             k, v = (None, None) if kv_scales is None else kv_scales[i]
             layer.k_scales, layer.v_scales = native.address(k), native.address(v)
+
+    def _check_pages(
+        self,
+        k_pages: Sequence[torch.Tensor],
+        v_pages: Sequence[torch.Tensor],
+        kv_scales: Sequence[KvScales] | None,
+    ) -> None:
+        count = len(self._layers)
+        if {len(x) for x in (k_pages, v_pages, kv_scales) if x is not None} != {count}:
+            raise ValueError(
+                f"pages of {len(k_pages)} and {len(v_pages)} layers, and their scales if any, must be of {count}"
+            )
+        first = k_pages[0]
+        for i, (k, v) in enumerate(zip(k_pages, v_pages, strict=True)):
+            check_pages(k, v, None if kv_scales is None else kv_scales[i])
+            alike = k.shape == v.shape == first.shape and k.dtype == first.dtype and k.is_cpu
+            if not alike or k.shape[1] != self._kv_heads or k.shape[3] != self._dim:
+                raise ValueError(
+                    f"layer {i}: k_pages {tuple(k.shape)} {k.dtype} and v_pages {tuple(v.shape)} beside {tuple(first.shape)} "
+                    f"{first.dtype}; they must be alike in all layers, with {self._kv_heads} heads of {self._dim}"
+                )
+
+
+def _check_rows(rows: torch.Tensor, pages: torch.Tensor) -> None:
+    numbers = rows.numpy()
+    if not 0 <= numbers.min() <= numbers.max() < pages.shape[0] * pages.shape[1] * pages.shape[2]:
+        raise ValueError(
+            f"rows from {numbers.min()} to {numbers.max()} for pages {tuple(pages.shape)}: beyond them"
+        )
 
 
 def build(layers: Sequence[LayerWeights], heads: int, kv_heads: int, dim: int) -> Layers | None:
@@ -175,10 +209,29 @@ def build(layers: Sequence[LayerWeights], heads: int, kv_heads: int, dim: int) -
     as linear.cpp reads them."""
     if any(native.library(file) is None for file in (*_OPERATIONS.values(), "decoder")):
         return None
-    dtype = layers[0].input_norm.dtype
-    if dim not in NATIVE_DIMS or not all(_is_served(layer, dtype) for layer in layers):
+    if dim not in NATIVE_DIMS or heads % kv_heads or heads // kv_heads > MOST_GROUP:
+        return None
+    first = layers[0].input_norm
+    if not all(_fits(x, len(first), heads, kv_heads, dim) and _is_served(x, first.dtype) for x in layers):
         return None
     return Layers(layers, heads, kv_heads, dim)
+
+
+def _fits(layer: LayerWeights, hidden: int, heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether all sizes are those that `Layers` has room for."""
+    inner = layer.down[0].shape[1]
+    products = (
+        (layer.qkv, ((heads + 2 * kv_heads) * dim, hidden)),
+        (layer.out, (hidden, heads * dim)),
+        (layer.gate_up, (2 * inner, hidden)),
+        (layer.down, (hidden, inner)),
+    )
+    return (
+        layer.input_norm.shape == layer.post_norm.shape == (hidden,)
+        and (layer.head_norms is None or layer.head_norms.shape == (heads + kv_heads, dim))
+        and all(tuple(weight.shape) == shape for (weight, _), shape in products)
+        and all(bias is None or bias.shape == shape[:1] for (_, bias), shape in products)
+    )
 
 
 def _is_served(layer: LayerWeights, dtype: torch.dtype) -> bool:
@@ -230,7 +283,7 @@ class _LayersCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("normed", "projected", "rotated", "attended", "gate_up", "gated")),
         *((name, ctypes.c_void_p) for name in ("query", "out")),
         *((name, ctypes.c_int64) for name in ("count", "tokens", "repeats", "hidden", "is_bf16", "activation")),
-        *((name, ctypes.c_int64) for name in ("products_alone", "numbers_alone", "threads")),
+        *((name, ctypes.c_int64) for name in ("products_alone", "numbers_alone", "threads", "failed")),
         *((name, ctypes.c_float) for name in ("most", "inverse")),
     ]  # fmt: skip
 

@@ -9,7 +9,6 @@ chunks of prompts, guesses, adapters or special wishes, which run launch by laun
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from rlhf.kernels import gpu
+from rlhf.kernels.layout import Noted
 from rlhf.kernels.sampling import sample
 from rlhf.models.attention import PagedContext
 from rlhf.models.fused import StepForward
@@ -58,7 +58,7 @@ class DecodeGraphs:
         self._forward, self._pages, self._record = forward, pages, record
         self._seen: Counter[_Shape] = Counter()
         self._graphs: dict[_Shape, _Graph] = {}
-        self._tensors: list[torch.Tensor] = []  # of pages that the graphs read
+        self._noted: Noted | None = None  # of pages that the graphs read
         self._addresses: tuple[int, ...] = ()  # of weights that they read
         self._works = True
 
@@ -73,7 +73,7 @@ class DecodeGraphs:
         """Drop the graphs and their memory."""
         self._graphs.clear()
         self._seen.clear()
-        self._tensors = []
+        self._noted = None
 
     def run(self, step: DecodeStep) -> np.ndarray | None:
         """(3, R) float64: tokens, log-probs and processed log-probs of the draws, as `sample` has them; None where the step is
@@ -108,9 +108,9 @@ class DecodeGraphs:
     def _note_pages(self) -> None:
         pages = self._pages
         now = [*pages.k, *pages.v, *(s for pair in pages.scales or () for s in pair)]
-        if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
+        if self._noted is None or not self._noted.hold(now):
             self.forget()
-            self._tensors = now
+            self._noted = Noted(now, written=False)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ Here: `StepForward`, the logits of a step's tokens. Where the model is a decoder
 Qwen2, Qwen3 and what else is built like them) it runs their modules' arithmetic itself: one product for q, k and
 v, one for gate and up, q and k normed and rotated together, no masks, caches or output objects. The parameters
 stay the modules' own; linears that are not plain (adapters) are called as they are. It is used only where it gave
-the bits of the model's own forward when it was built; every other model runs as transformers wrote it. Its layers'
+the bits of the model's own forward when it was built, layer by layer and with all layers in one call; every other model runs as transformers wrote it. Its layers'
 linears can run from copies of 8 or 4 bits, made when the weights have changed (embeddings and head stay whole). Not here:
 training and scoring, which always go through the modules; attention (`rlhf.models.attention`).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from rlhf.kernels.activation import swiglu
 from rlhf.kernels.attention import Plan
-from rlhf.kernels.decoder import Layers, LayerWeights, Weight, build
+from rlhf.kernels.decoder import MOST_TOKENS, Layers, LayerWeights, Weight, build
+from rlhf.kernels.layout import Noted
 from rlhf.kernels.linear import can_join, joined_linear, one_below_another, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
 from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
@@ -33,6 +34,7 @@ from rlhf.models.linear import InvariantLinear
 from rlhf.models.swap import FastRMSNorm, GatedMLP
 from rlhf.models.value_head import NAME as VALUE_HEAD
 
+_PAGE = 16  # of the trial in pages
 _TRIAL_TOKENS = (1, 7, 40, 300)  # lengths of the sequences that the two forwards are compared on
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -143,14 +145,22 @@ class _Decoder:
             _Layer(i, layer, o) for i, (layer, o) in enumerate(zip(decoder.layers, options, strict=True))
         ]
         self.native: Layers | None = None  # all of them in one call, for few tokens
+        self.can_run_at_once = True
+        self._noted: Noted | None = None  # the weights that `refresh` saw
+        self._threads = 0
 
     def refresh(self) -> None:
+        weights = [p for layer in self.layers for m in layer.modules for p in m.parameters()]
+        threads = torch.get_num_threads()
+        if self._noted is not None and self._threads == threads and self._noted.hold(weights):
+            return
         for layer in self.layers:
             layer.refresh()
-        self.native = self._native()
+        self.native = self._native() if self.can_run_at_once else None
+        self._noted, self._threads = Noted(weights, written=True), threads
 
     def drop_packs(self) -> None:
-        self.native = None
+        self.native = self._noted = None
         for joined in (j for layer in self.layers for j in layer.joined):
             joined.drop_pack()
 
@@ -216,6 +226,11 @@ class _Layer:
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.head_norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         self.head_weights: torch.Tensor | None = None  # (Hq + Hkv, D), of the two norms
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those with weights."""
+        return [*self.norms, *(self.head_norms or ()), *(m for joined in self.joined for m in joined.linears)]
 
     def quantize(self, bits: int) -> bool:
         for joined in self.joined:
@@ -291,19 +306,15 @@ class _Joined:
         self._weight: torch.Tensor | None = None  # on a GPU; no copy of weights that `lay_together` laid
         self._quantized: QuantizedWeight | None = None
         self._bias: torch.Tensor | None = None
-        self._source: tuple[Any, ...] | None = None
-        self._tensors: list[weakref.ref[torch.Tensor]] = []  # what it was the state of
+        self._noted: Noted | None = None  # what it was made of
 
     def refresh(self) -> None:
         """Join the weights again if one of them changed."""
         tensors = [t for m in self.linears for t in (m.weight, m.bias) if t is not None]
-        source = None
-        if self.can_join():
-            source = tuple((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
-        if source == self._source and all(at() is t for at, t in zip(self._tensors, tensors, strict=False)):
-            return  # the very tensors: an address may be that of memory freed and given out again
+        if self._noted is not None and self._noted.hold(tensors):
+            return
         self.drop_pack()
-        if source is not None:
+        if self.can_join():
             weight = one_below_another([m.weight for m in self.linears])
             if self.bits is not None:
                 self._quantized = quantize(weight, self.bits)
@@ -313,11 +324,10 @@ class _Joined:
                 self._weight = weight
             if self.linears[0].bias is not None:
                 self._bias = torch.cat([m.bias.detach() for m in self.linears])
-            self._source, self._tensors = source, [weakref.ref(t) for t in tensors]
+            self._noted = Noted(tensors, written=True)
 
     def drop_pack(self) -> None:
-        self._packed = self._weight = self._quantized = self._bias = self._source = None
-        self._tensors = []
+        self._packed = self._weight = self._quantized = self._bias = self._noted = None
 
     @property
     def made(self) -> list[torch.Tensor | None]:
@@ -383,6 +393,7 @@ def _decoder(model: nn.Module) -> _Decoder | None:
     decoder = _Decoder(inner, trials[0].options)
     decoder.refresh()
     same = all(trial.passes(decoder) for trial in trials)
+    decoder.can_run_at_once = same and all(trial.passes_at_once(decoder) for trial in trials)
     decoder.drop_packs()
     return decoder if same else None
 
@@ -450,6 +461,18 @@ class _Trial:
     def passes(self, decoder: _Decoder) -> bool:
         with torch.no_grad():
             return torch.equal(decoder(self.token_ids, self.positions, self.context), self._logits)
+
+    def passes_at_once(self, decoder: _Decoder) -> bool:
+        """With all layers in one call, where that takes so many tokens."""
+        count = len(self.token_ids)
+        if decoder.native is None or count > MOST_TOKENS:
+            return True
+        pages, dtype = -(-count // _PAGE), self._logits.dtype
+        shapes = [(pages, layer.kv_heads, _PAGE, layer.head_dim) for layer in decoder.layers]
+        k, v = ([torch.zeros(shape, dtype=dtype) for shape in shapes] for _ in "kv")
+        context = PagedContext(k, v, torch.arange(count), np.arange(pages)[None], [count], [0, count])
+        with torch.no_grad():
+            return torch.equal(decoder(self.token_ids, self.positions, context), self._logits)
 
 
 class _Recorder(PackedContext):

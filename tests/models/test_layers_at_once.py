@@ -1,11 +1,14 @@
 """All layers of few tokens in one call: the bits of layer after layer, and when it must not run."""
 
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from rlhf.kernels import attention, native
 from rlhf.kernels import decoder as kernel
-from rlhf.kernels import native
 from rlhf.kernels.attention import Plan
 from rlhf.kernels.kv import as_bytes
 from rlhf.models.attention import PagedContext
@@ -91,17 +94,23 @@ def test_it_has_the_bits_of_layer_after_layer(name, dtype, stored, prepared):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weights_of_few_bits_too(bits, dtype, threads, prepared):
-    """Would catch: scales of another weight, and groups of 4 bits as long as those of 8."""
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_weights_of_few_bits_too(bits, dtype, threads, prepared, monkeypatch):
+    """Would catch: scales of another weight, and groups of 4 bits as long as those of 8, and
+    threads that write each other's rows."""
     model, before = prepared("qwen2", dtype=dtype, config=WIDE), torch.get_num_threads()
     scramble(model)
     torch.set_num_threads(threads)
+    monkeypatch.setattr(kernel.linear, "ALONE", 0)  # all is shared out
+    monkeypatch.setattr(kernel.threads, "SMALL", 0)
+    monkeypatch.setattr(attention, "_WORTH_THREADS", 0)
     try:
         forward = StepForward(model, bits)
         assert_same(*both(forward))
         torch.set_num_threads(threads + 1)
         assert not forward._decoder.native.takes(4, *a_plan_and_pages())
+        forward.refresh()
+        assert forward._decoder.native.takes(4, *a_plan_and_pages())
     finally:
         torch.set_num_threads(before)
 
@@ -149,19 +158,67 @@ def test_what_it_does_not_serve_runs_layer_by_layer(prepared, monkeypatch):
     assert StepForward(odd)._decoder.native is None
 
 
+def narrow_mlp(model, layer, inner):
+    """As one that was pruned."""
+    mlp = model.model.layers[layer].mlp
+    for linear, shape in (
+        (mlp.gate_proj, (inner, 64)),
+        (mlp.up_proj, (inner, 64)),
+        (mlp.down_proj, (64, inner)),
+    ):
+        linear.weight = torch.nn.Parameter(linear.weight[: shape[0], : shape[1]].clone(), requires_grad=False)
+        linear.out_features, linear.in_features = shape
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_of_different_sizes(layer, prepared):
+    """Would catch: room for the first layer that a wider one writes beyond."""
+    model = prepared("llama", config=WIDE | {"intermediate_size": 2048})
+    narrow_mlp(model, layer, 48)
+    assert_same(*both(StepForward(model)))
+
+
+def test_a_cache_that_is_gone_is_not_kept(prepared):
+    """Would catch: two caches in memory where one grows into another, or that of an engine that sleeps."""
+    forward = StepForward(prepared("llama", config=WIDE))
+    plan, pages = a_plan_and_pages()
+    x, angles, rows = torch.zeros(4, 64), torch.zeros(4, 16), torch.arange(8)
+    k, v = ([pages.clone() for _ in range(2)] for _ in "kv")
+    layers = forward._decoder.native
+    layers(x, angles, angles, plan, rows, k, v)
+    kept, old = weakref.ref(k[0]), k[1].data
+    k[1].data = torch.full_like(pages, 7.0)  # the same tensor in other memory
+    layers(x + 1, angles + 1, angles, plan, rows, k, v)
+    assert k[1].view(-1, 16)[rows].ne(7).any() and not old.any()
+    del k, v
+    assert kept() is None
+
+
+def test_a_trial_that_differs_turns_it_off(prepared, monkeypatch):
+    """Would catch: an engine whose log-probs are not the trainer's on a machine where the compiler went wrong."""
+    plain_call = kernel.Layers.__call__
+    monkeypatch.setattr(kernel.Layers, "__call__", lambda self, *given: plain_call(self, *given) + 1e-3)
+    forward = StepForward(prepared("llama", config=WIDE))
+    assert forward.is_fused and forward._decoder.native is None
+
+
 def test_what_does_not_fit_is_refused(prepared):
     """Would catch: memory that is read or written beyond its end."""
     layers = StepForward(prepared("llama", config=WIDE))._decoder.native
     plan, pages = a_plan_and_pages()
-    x, angles, rows = torch.zeros(4, 64), torch.zeros(4, 16), torch.zeros(8, dtype=torch.int64)
-    count = len(layers._layers)
-    kv = [pages.clone() for _ in range(count)], [pages.clone() for _ in range(count)]
+    x, angles, rows = torch.zeros(4, 64), torch.zeros(4, 16), torch.arange(8)
+    kv = [pages.clone() for _ in "01"], [pages.clone() for _ in "01"]
     layers(x, angles, angles, plan, rows, *kv)
     for wrong, said in (
         ((x[:, :32].contiguous(), angles, angles, plan, rows), r"x \(4, 32\).*for layers of 64 numbers"),
         ((x, angles[:3], angles, plan, rows), r"cos \(3, 16\)"),
         ((x.double(), angles, angles, plan, rows), "must be torch.float32"),
-        ((x, angles, angles, plan, rows[:7]), r"rows \(7,\) for 2 heads"),
+        ((x.to("meta"), angles, angles, plan, rows), "on the CPU"),
+        ((x, angles, angles, plan, rows[:7]), r"rows \(7,\) torch.int64 for 2 heads"),
+        ((x, angles, angles, plan, rows.int()), r"rows \(8,\) torch.int32 for 2 heads"),
+        ((x, angles, angles, plan, rows[:1].expand(8)), r"rows \(8,\) torch.int64 for 2 heads"),
+        ((x, angles, angles, plan, rows + 121), r"rows from 121 to 128 for pages \(4, 2, 16, 16\)"),
+        ((x, angles, angles, plan, rows - 1), "rows from -1 to 6"),
         ((x[:3], angles[:3], angles[:3], plan, rows[:6]), "3 tokens"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -169,3 +226,30 @@ def test_what_does_not_fit_is_refused(prepared):
     far = Plan([1] * 4, [3] * 4, page_table=np.full((4, 1), 4), page_tokens=PAGE)
     with pytest.raises(ValueError, match="the last of them number 4"):
         layers(x, angles, angles, far, rows, *kv)
+    few, scales = pages.to(torch.int8), (torch.ones(4, 2, PAGE),) * 2
+    for given, said in (
+        ((kv[0][:1], kv[1]), "pages of 1 and 2 layers"),
+        (([kv[0][0], pages[:0]], kv[1]), r"k_pages \(0, 2, 16, 16\) and v_pages \(4, 2, 16, 16\)"),
+        (([pages, pages[:3].clone()], [pages, pages[:3].clone()]), "layer 1: .*beside"),
+        (([few] * 2, [few] * 2), "need kv_scales"),
+        (([few] * 2, [few] * 2, [scales, (torch.ones(1),) * 2]), r"kv_scales \(1,\)"),
+        (([few] * 2, [few] * 2, [scales]), "and their scales if any, must be of 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            layers(x, angles, angles, plan, rows, *given)
+
+
+def test_what_has_no_room_is_not_built(prepared):
+    """Would catch: a bias or a norm that is read beyond its end, and heads for which attention.cpp has nothing."""
+    held = StepForward(prepared("qwen3", config=WIDE))._decoder.native._held
+    assert kernel.build(held, 4, 2, 16) is not None
+    for sizes in ((5, 2, 16), (4, 2, 24), (8, 2, 16), (2 * 257, 2, 16)):
+        assert kernel.build(held, *sizes) is None
+    for change in (
+        {"head_norms": held[1].head_norms[:5]},
+        {"input_norm": torch.ones(48)},
+        {"post_norm": held[1].post_norm.bfloat16()},
+        {"out": (held[1].out[0], torch.zeros(48))},
+        {"down": held[1].out},
+    ):
+        assert kernel.build([held[0], replace(held[1], **change)], 4, 2, 16) is None
