@@ -108,9 +108,10 @@ def test_weights_of_few_bits_too(bits, dtype, threads, prepared, monkeypatch):
         forward = StepForward(model, bits)
         assert_same(*both(forward))
         torch.set_num_threads(threads + 1)
-        assert not forward._decoder.native.takes(4, *a_plan_and_pages())
+        plan, pages = a_plan_and_pages()
+        assert not forward._decoder.native.takes(4, plan, pages.to(model.dtype))
         forward.refresh()
-        assert forward._decoder.native.takes(4, *a_plan_and_pages())
+        assert forward._decoder.native.takes(4, plan, pages.to(model.dtype))
     finally:
         torch.set_num_threads(before)
 
