@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kBlock = kLanes;         // positions
 constexpr int kMostRows = 256;         // worked on together
+constexpr int kMostTogether = 64;      // of several sequences
 constexpr int kMostNumbers = 1 << 16;  // of a table, unless few rows have more
 
 // Lane i of the result is the sum of all lanes of rows[i], added up as a tree.
@@ -158,6 +159,7 @@ struct Row {
   const float* grad;
   float* dq;
   float* dsink;  // or null
+  int64_t sequence;  // of those that are worked on together, which one's
 };
 
 // Rows of one head that are worked on together, later ones further on in their sequence. None's numbers depend on the
@@ -171,7 +173,9 @@ struct Table {
 
   void fit(const Rows& rows) {
     from = rows.front().range.from;
-    width = (rows.back().range.to - from) * kBlock;
+    int64_t to = 0;
+    for (const Row& row : rows) to = std::max(to, row.range.to);
+    width = (to - from) * kBlock;
     const size_t size = rows.size() * width;
     if (numbers.size() < size) numbers.resize(size);
   }
@@ -255,39 +259,50 @@ __attribute__((always_inline)) inline void products_of(const float* const* x, co
   }
 }
 
+// Products of one row's query with what lies at the positions of its blocks from `from` on.
+template <typename P, int kVectors>
+inline void products_alone(const Row& row, const float* Row::* x, const P* at, int64_t from, float* out) {
+  Lanes own[kVectors];
+  for (int d = 0; d < kVectors; ++d) own[d] = load(row.*x + d * kBlock);
+  for (int64_t block = from; block < row.range.to; ++block)
+    store(out + block * kBlock,
+          products<P, kVectors>(own, at, block * kBlock, row.range.low(block), row.range.last(block)));
+}
+
+// Products of rows first .. end with the columns of one block, to `out` of each.
+template <int kVectors>
+inline void products_beside(const Rows& rows, const float* Row::* x, const Lanes* columns, size_t first, size_t end,
+                            int64_t begin, Table& out) {
+  constexpr int kRows = 4;
+  size_t r = first;
+  Lanes sums[kRows];
+  for (; r + kRows <= end; r += kRows) {
+    const float* own[kRows];
+    for (int i = 0; i < kRows; ++i) own[i] = rows[r + i].*x;
+    products_of<kVectors, kRows, 1>(own, columns, 0, sums);
+    for (int i = 0; i < kRows; ++i) store(out.of(r + i) + begin, sums[i]);
+  }
+  for (; r < end; ++r) {
+    const float* own = rows[r].*x;
+    products_of<kVectors, 1, 1>(&own, columns, 0, sums);
+    store(out.of(r) + begin, sums[0]);
+  }
+}
+
 // Products of every row's x (its query or its grad) with what lies at the positions of the blocks that it sees.
 template <typename P, int kVectors>
 void all_products(const Rows& rows, const float* Row::* x, const P* at, Table& out) {
   constexpr size_t kWorthColumns = 8;  // rows
   if (rows.size() < kWorthColumns) {
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const Range& range = rows[r].range;
-      Lanes own[kVectors];
-      for (int d = 0; d < kVectors; ++d) own[d] = load(rows[r].*x + d * kBlock);
-      for (int64_t block = range.from; block < range.to; ++block)
-        store(out.of(r) + block * kBlock,
-              products<P, kVectors>(own, at, block * kBlock, range.low(block), range.last(block)));
-    }
+    for (size_t r = 0; r < rows.size(); ++r)
+      products_alone<P, kVectors>(rows[r], x, at, rows[r].range.from, out.of(r));
     return;
   }
   each_block(rows, [&](int64_t block, size_t first, size_t end) {
     const int64_t begin = block * kBlock;
     Lanes columns[kVectors * kBlock];
     columns_of<P, kVectors>(at, begin, rows[first].range.low(block), rows[end - 1].range.last(block), columns);
-    constexpr int kRows = 4;
-    size_t r = first;
-    Lanes sums[kRows];
-    for (; r + kRows <= end; r += kRows) {
-      const float* own[kRows];
-      for (int i = 0; i < kRows; ++i) own[i] = rows[r + i].*x;
-      products_of<kVectors, kRows, 1>(own, columns, 0, sums);
-      for (int i = 0; i < kRows; ++i) store(out.of(r + i) + begin, sums[i]);
-    }
-    for (; r < end; ++r) {
-      const float* own = rows[r].*x;
-      products_of<kVectors, 1, 1>(&own, columns, 0, sums);
-      store(out.of(r) + begin, sums[0]);
-    }
+    products_beside<kVectors>(rows, x, columns, first, end, begin, out);
   });
 }
 
@@ -361,10 +376,14 @@ inline void weighted_sums(const Rows& rows, size_t row, Table& weights, const P*
   }
 }
 
+// Rows whose sums the registers hold.
+template <int kVectors>
+constexpr int kMostSums = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;
+
 // Calls `done` with each row's number and its weighted sum.
 template <typename P, int kVectors, typename Function>
 void each_weighted_sum(const Rows& rows, Table& weights, const P* at, Function done) {
-  constexpr int kMost = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;  // rows whose sums the registers hold
+  constexpr int kMost = kMostSums<kVectors>;
   Lanes sums[kMost][kVectors];
   size_t row = 0;
   for (; row + kMost <= rows.size(); row += kMost) {
@@ -377,17 +396,68 @@ void each_weighted_sum(const Rows& rows, Table& weights, const P* at, Function d
   }
 }
 
+// `all_products` of rows of several sequences whose first `shared` blocks are the same memory, which all of them see.
 template <typename P, int kVectors>
-void attend_rows(Work& work, const Sequence<P>& s, float scale) {
+void shared_products(const Rows& rows, const Sequence<P>* s, int64_t shared, Table& out) {
+  for (int64_t block = 0; block < shared; ++block) {
+    const int64_t begin = block * kBlock;
+    Lanes columns[kVectors * kBlock];
+    columns_of<P, kVectors>(s[0].keys, begin, begin, begin + kBlock - 1, columns);
+    products_beside<kVectors>(rows, &Row::query, columns, 0, rows.size(), begin, out);
+  }
+  for (size_t r = 0; r < rows.size(); ++r)
+    products_alone<P, kVectors>(rows[r], &Row::query, s[rows[r].sequence].keys, shared, out.of(r));
+}
+
+// `weighted_sums` of such rows: the shared positions together, then each one's own.
+template <typename P, int kVectors, int kRows>
+inline void shared_sums(const Rows& rows, size_t row, Table& weights, const Sequence<P>* s, int64_t shared,
+                        Lanes (*sums)[kVectors]) {
+  Lanes chains[2][kRows][kVectors] = {};
+  const float* own[kRows];
+  for (int r = 0; r < kRows; ++r) own[r] = weights.of(row + r);
+  const P* at = s[0].values;
+  for (int64_t position = 0; position < shared * kBlock; position += 2)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int d = 0; d < kVectors; ++d) {
+        const Lanes value = load(at[position + odd] + d * kBlock);
+        for (int r = 0; r < kRows; ++r) chains[odd][r][d] = chains[odd][r][d] + value * own[r][position + odd];
+      }
+  Lanes edges[2][kRows][kVectors];
+  std::memcpy(edges, chains, sizeof chains);
+  for (int r = 0; r < kRows; ++r) {
+    const Row& of = rows[row + r];
+    add_alone<P, kVectors, kRows>(s[of.sequence].values, own[r], shared * kBlock, of.range.at + 1, r, edges);
+    for (int d = 0; d < kVectors; ++d) sums[r][d] = edges[0][r][d] + edges[1][r][d];
+  }
+}
+
+template <typename P, int kVectors>
+void attend_rows(Work& work, const Sequence<P>* s, int64_t shared, float scale) {
   Rows& rows = work.rows;
   work.probs.fit(rows);
-  all_products<P, kVectors>(rows, &Row::query, s.keys, work.probs);
+  if (shared)
+    shared_products<P, kVectors>(rows, s, shared, work.probs);
+  else
+    all_products<P, kVectors>(rows, &Row::query, s[0].keys, work.probs);
   float inverse[kMostRows], sink_prob;
   for (size_t r = 0; r < rows.size(); ++r)
     inverse[r] = 1.0f / probabilities(rows[r], scale, work.probs.of(r), &sink_prob);
-  each_weighted_sum<P, kVectors>(rows, work.probs, s.values, [&](size_t r, const Lanes* sum) {
+  const auto done = [&](size_t r, const Lanes* sum) {
     for (int d = 0; d < kVectors; ++d) store(rows[r].out + d * kBlock, sum[d] * inverse[r]);
-  });
+  };
+  if (!shared) return each_weighted_sum<P, kVectors>(rows, work.probs, s[0].values, done);
+  constexpr int kMost = kMostSums<kVectors>;
+  Lanes sums[kMost][kVectors];
+  size_t row = 0;
+  for (; row + kMost <= rows.size(); row += kMost) {
+    shared_sums<P, kVectors, kMost>(rows, row, work.probs, s, shared, sums);
+    for (int r = 0; r < kMost; ++r) done(row + r, sums[r]);
+  }
+  for (; row < rows.size(); ++row) {
+    shared_sums<P, kVectors, 1>(rows, row, work.probs, s, shared, sums);
+    done(row, sums[0]);
+  }
 }
 
 // to[position] += sum over rows of weights[row][position] x(row).
@@ -463,7 +533,8 @@ void rows_gradients(Work& work, const Sequence<const float*>& s, float scale, fl
                   : nullptr)
 
 struct Piece {
-  int64_t sequence, first, count;  // queries of one sequence
+  int64_t sequence, first, count;   // queries of one sequence
+  int64_t sequences = 1, shared = 0;  // or the only queries of so many, whose first blocks are the same pages
 };
 
 // Where position p of a packed sequence lies.
@@ -483,13 +554,14 @@ void each_page(const AttentionCall& c, int64_t n, int64_t head, Function run) {
   }
 }
 
-// Asks for the keys and values of one sequence and head, so that they are near when their turn comes: pages lie
-// anywhere.
+// Asks for the keys and values of one sequence and head from a position on, so that they are near when their turn comes:
+// pages lie anywhere.
 template <typename T>
-void fetch(const AttentionCall& c, int64_t n, int64_t head) {
+void fetch(const AttentionCall& c, int64_t n, int64_t head, int64_t from) {
   constexpr int64_t kLine = 64 / sizeof(T), kMost = 4096;  // of a page: what follows is found by the machine itself
   const T *k = static_cast<const T*>(c.k), *v = static_cast<const T*>(c.v);
   each_page(c, n, head, [&](int64_t row, int64_t begin, int64_t end) {
+    if (end <= from) return;
     for (int64_t i = 0; i < std::min((end - begin) * c.dim, kMost); i += kLine) {
       __builtin_prefetch(k + row * c.dim + i);
       __builtin_prefetch(v + row * c.dim + i);
@@ -503,10 +575,11 @@ struct Places {
   std::vector<P> keys, values;
   explicit Places(int64_t longest) : keys(longest), values(longest) {}
 
-  Sequence<P> of(const AttentionCall& c, int64_t n, int64_t head) {
+  Sequence<P> of(const AttentionCall& c, int64_t n, int64_t head, int64_t from = 0) {
     const int64_t length = c.context_lens[n];
     if (c.page_table) {
       each_page(c, n, head, [&](int64_t row, int64_t begin, int64_t end) {
+        if (end <= from) return;
         for (int64_t p = begin; p < end; ++p, ++row) {
           keys[p] = Place<P>::at(c.k, c.k_scales, row * c.dim, row);
           values[p] = Place<P>::at(c.v, c.v_scales, row * c.dim, row);
@@ -542,19 +615,46 @@ std::vector<Piece> pieces_of(const AttentionCall& c, int64_t n) {
   return pieces;
 }
 
+// Pages that two sequences begin with, both beyond their last position excluded.
+int64_t pages_in_common(const AttentionCall& c, int64_t n, int64_t m) {
+  const int64_t *a = c.page_table + n * c.table_width, *b = c.page_table + m * c.table_width;
+  const int64_t most = std::min(c.context_lens[n], c.context_lens[m]) / c.page_tokens;
+  int64_t pages = 0;
+  while (pages < most && a[pages] == b[pages]) ++pages;
+  return pages;
+}
+
+// The decoding sequences from n on that begin with the same pages, as the samples of a group do: one piece, in which these
+// are read once.
+Piece group_of(const AttentionCall& c, int64_t n) {
+  Piece piece{n, 0, c.query_lens[n]};
+  const int64_t most = std::max<int64_t>(1, kMostTogether / c.group);
+  if (!c.page_table || c.window || c.page_tokens % kBlock) return piece;
+  int64_t pages = 0;
+  for (int64_t m = n + 1; m < c.sequences && m < n + most && c.query_lens[n] == 1 && c.query_lens[m] == 1; ++m) {
+    const int64_t common = pages_in_common(c, n, m);
+    if (!common || (pages && common < pages)) break;
+    pages = pages ? pages : common;
+    ++piece.sequences;
+  }
+  piece.shared = pages * (c.page_tokens / kBlock);
+  return piece;
+}
+
 // The rows of a piece under one head of k and v.
 void rows_of(const AttentionCall& c, const Piece& piece, int64_t head, Rows& rows) {
   rows.clear();
-  for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
-    const int64_t token = c.starts[piece.sequence] + i;
-    const Range range = range_of(c, piece.sequence, i);
-    for (int64_t h = head * c.group; h < (head + 1) * c.group; ++h) {
-      const int64_t place = token * c.heads * c.group + h;
-      rows.push_back({range, c.q + token * c.q_token + h * c.dim, c.sinks ? c.sinks + h : nullptr,
-                      c.out + place * c.dim, c.grad + place * c.dim, c.dq + place * c.dim,
-                      c.dsinks ? c.dsinks + place : nullptr});
+  for (int64_t n = 0; n < piece.sequences; ++n)
+    for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
+      const int64_t token = c.starts[piece.sequence + n] + i;
+      const Range range = range_of(c, piece.sequence + n, i);
+      for (int64_t h = head * c.group; h < (head + 1) * c.group; ++h) {
+        const int64_t place = token * c.heads * c.group + h;
+        rows.push_back({range, c.q + token * c.q_token + h * c.dim, c.sinks ? c.sinks + h : nullptr,
+                        c.out + place * c.dim, c.grad + place * c.dim, c.dq + place * c.dim,
+                        c.dsinks ? c.dsinks + place : nullptr, n});
+      }
     }
-  }
 }
 
 template <typename P, typename Function>
@@ -562,22 +662,37 @@ int attend(const AttentionCall& c, Function attend_them) {
   if (!attend_them || c.group > kMostRows) return 1;
   if (!c.sequences) return 0;
   std::vector<Piece> pieces;
-  for (int64_t n = 0; n < c.sequences; ++n)
-    for (const Piece& piece : pieces_of(c, n)) pieces.push_back(piece);
+  int64_t together = 1;
+  for (int64_t n = 0; n < c.sequences; ++n) {
+    const Piece group = group_of(c, n);
+    if (group.sequences > 1) {
+      pieces.push_back(group);
+      together = std::max(together, group.sequences);
+      n += group.sequences - 1;
+    } else {
+      for (const Piece& piece : pieces_of(c, n)) pieces.push_back(piece);
+    }
+  }
   const int64_t work = static_cast<int64_t>(pieces.size()) * c.heads, longest = longest_of(c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, work)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Work own;
-    Places<P> places(longest);
+    std::vector<Places<P>> places(together, Places<P>(longest));
+    std::vector<Sequence<P>> sequences(together);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t item = 0; item < work; ++item) {
       const Piece& piece = pieces[item / c.heads];
       const int64_t head = item % c.heads;
-      if (c.page_table && item + 1 < work)
-        fetch<typename Place<P>::Number>(c, pieces[(item + 1) / c.heads].sequence, (item + 1) % c.heads);
+      if (c.page_table && item + 1 < work) {
+        const Piece& next = pieces[(item + 1) / c.heads];
+        for (int64_t n = 0; n < next.sequences; ++n)
+          fetch<typename Place<P>::Number>(c, next.sequence + n, (item + 1) % c.heads, n ? next.shared * kBlock : 0);
+      }
       rows_of(c, piece, head, own.rows);
-      attend_them(own, places.of(c, piece.sequence, head), c.scale);
+      for (int64_t n = 0; n < piece.sequences; ++n)
+        sequences[n] = places[n].of(c, piece.sequence + n, head, n ? piece.shared * kBlock : 0);
+      attend_them(own, sequences.data(), piece.shared, c.scale);
     }
   }
   return 0;

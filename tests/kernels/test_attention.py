@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.kernels import attention
+from rlhf.kernels import attention, native
 from rlhf.kernels.attention import Plan, attend_paged, packed_attention, paged_attention
 from rlhf.kernels.kv import write_kv
 
@@ -697,6 +697,63 @@ def test_samples_that_begin_with_the_same_pages(options, heads, dtype, dim, shar
     for i, length in enumerate(lens):
         alone = Plan([1], [length], page_table=table[i : i + 1], page_tokens=page)
         assert torch.equal(attend_paged(q[i : i + 1], k, v, alone, scale=0.3, **given)[0], together[i]), i
+
+
+@pytest.mark.skipif(native.library("attention") is None, reason="of the native form")
+@pytest.mark.parametrize(
+    ("heads", "dim", "stored"),
+    [
+        ((4, 2), 32, torch.float32),
+        ((4, 2), 32, torch.int8),
+        ((2, 2), 64, torch.bfloat16),
+        ((8, 1), 128, torch.bfloat16),
+        ((2, 1), 256, torch.float32),
+    ],
+)
+def test_groups_that_share_pages_decode_in_the_bits_of_each_alone(
+    heads, dim, stored, shared_out, monkeypatch
+):
+    """Would catch: a sample that sees another one's page, a shared part that ends inside a page that is not, a sequence that is
+    left out between two groups, and sums in another order where rows are worked on together."""
+    if not native.serves("attention", dim, torch.zeros(1)):
+        pytest.skip("of the native form")
+    page, dtype = 32, torch.float32 if stored == torch.int8 else stored
+    # (group, pages that it begins with, contexts): one of 5, one alone, two whose own page is the last or none, two that begin
+    # as those do and of which one has guesses, and more than are worked on together
+    groups = [
+        (0, 2, [70, 65, 64, 131, 90]),
+        (1, 0, [33]),
+        (2, 3, [96, 97]),
+        (3, 1, [40, 50]),
+        (4, 4, [129 + i % 31 for i in range(70)]),
+    ]
+    generator = np.random.default_rng(0)
+    tables, lens = [], []
+    for group, count, tokens in groups:
+        begin = generator.permutation(400)[:count] + 400 * group if group != 3 else begin[:count]
+        for length in tokens:
+            own = 2000 + 10 * len(tables) + np.arange(5)
+            tables.append(np.concatenate([begin, own])[:5])
+            lens.append(length)
+    table, lens = np.stack(tables), np.asarray(lens)
+    pages = [
+        torch.randn(3000, heads[1], page, dim, generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+    ]
+    scales = None
+    if stored == torch.int8:
+        scales = tuple(torch.rand(3000, heads[1], page) for _ in "kv")
+        pages = [x.mul(50).clamp(-127, 127).to(torch.int8) for x in pages]
+    pages = [x.to(stored) for x in pages]
+    counts = np.ones_like(lens)
+    counts[9] = 3  # guesses
+    q = torch.randn(int(counts.sum()), heads[0], dim).to(dtype)
+    options = {"scale": dim**-0.5, "kv_scales": scales}
+    monkeypatch.setattr(attention, "_WORTH_THREADS", 0)
+    got = attention.attend_paged(q, *pages, Plan(counts, lens, page_table=table, page_tokens=page), **options)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for s, (begin, end) in enumerate(zip(starts, starts[1:])):
+        plan = Plan(counts[s : s + 1], lens[s : s + 1], page_table=table[s : s + 1], page_tokens=page)
+        assert torch.equal(got[begin:end], attention.attend_paged(q[begin:end], *pages, plan, **options)), s
 
 
 def test_gradients_where_a_prefix_begins_inside_a_sequence():
