@@ -22,13 +22,14 @@ from rlhf.faults import fault_point
 from rlhf.kernels.attention import KEY_STEP
 from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.adapters import read_adapter
-from rlhf.models.attention import kv_shapes
+from rlhf.models.attention import kv_shapes, widest_window
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
 from rlhf.rollout.prompt_scores import PromptScores
+from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
@@ -59,6 +60,7 @@ class Engine:
             model.device,
         )
         self._pool = PagePool(0)
+        self._reach = Reach(widest_window(model), config.page_tokens)
         self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights), graphs=config.cuda_graphs)
         self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, self._vocab)
         self._lengths = Lengths()
@@ -457,10 +459,10 @@ class Engine:
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
-        page_tokens = self.config.page_tokens
+        page_tokens, reach = self.config.page_tokens, self._reach
         asked = [*requests, *(job.request for job in self._jobs.values())]
-        own = [-(-self._most_written(r) // page_tokens) for r in asked]
-        largest = max(own, default=0)
+        own = [reach.sample_pages(len(r.prompt_ids), self._most_written(r)) for r in asked]
+        largest = max((reach.least_pages(self._most_written(r)) for r in asked), default=0)
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens
         else:
@@ -500,6 +502,7 @@ class Engine:
             version=self.version,
             put_by=self._pages,
             drafts=self._drafts,
+            reach=self._reach,
         )
         self._special = SpecialRows(self._samples, self._tokenizer, self._grammars)
         self._done_at_once: list[Job] = []
