@@ -207,7 +207,7 @@ class Engine:
                 f"adapter {name!r}: {type(self.model).__name__} is no decoder of Llama's kind, so that requests cannot have "
                 "adapters of their own; merge it into the model"
             )
-        adapter = read_adapter(folder, linears)
+        adapter = read_adapter(folder, linears, self.model.device)
         number = next(self._adapter_numbers)
         self._runner.adapters[number] = adapter
         self._adapters[name] = number

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.models.attention import kv_shapes, widest_window
 from rlhf.models.load import generation_stop_ids, load_model, load_tokenizer, read_config
+from rlhf.models.offload import offload_layers
 from rlhf.recipe.schema import ModelConfig, TokenizerConfig
 from rlhf.rng import key
 from rlhf.rollout import Engine, EngineConfig
@@ -67,7 +68,7 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
         raise ValueError(
             f"--device {device} cannot be used: {str(error).splitlines()[0]}; choose cpu"
         ) from None
-    model: Any = load_model(model_config, tokenizer, seed=0, device=device, trainable=False)
+    model = _load(settings, model_config, tokenizer, device)
     context = model.config.get_text_config().max_position_embeddings
     reach = Reach(widest_window(model), settings.page_tokens)
     cache_tokens = settings.cache_tokens or _cache_tokens(model, settings, context, reach)
@@ -90,6 +91,21 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
     # the last token of a sequence never gets keys and values
     in_cache = reach.longest(cache_tokens // settings.page_tokens) + 1
     return Served(name, engine, tokenizer, stop_ids, min(context, in_cache))
+
+
+def _load(
+    settings: EngineSettings, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str
+) -> Any:
+    count = settings.offload_layers
+    if not count:
+        return load_model(model_config, tokenizer, seed=0, device=device, trainable=False)
+    if torch.device(device).type == "cpu":
+        raise ValueError(
+            f"--offload-layers {count} with --device {device}: the weights are in host memory as it is; leave it out"
+        )
+    model: Any = load_model(model_config, tokenizer, seed=0, device="cpu", trainable=False)
+    offload_layers(model, count, device)
+    return model
 
 
 def sample_seeds(seed: int | None, n: int) -> tuple[int, ...]:

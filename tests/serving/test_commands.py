@@ -71,6 +71,10 @@ def test_serve_until_sigterm(serving):
         (["FOLDER", "--max-sequences", "0"], "--max-sequences 0"),
         (["FOLDER", "--port", "99999"], "--port 99999"),
         (["FOLDER", "--adapter", "x"], "--adapter 'x' is no NAME=FOLDER"),
+        (
+            ["FOLDER", "--offload-layers", "4", "--weights", "int8"],
+            "--offload-layers 4 with --weights int8: rounded",
+        ),
         (["FOLDER", "--adapter", "x=no/such"], "there is no no/such/adapter_config.json"),
     ],
 )
@@ -79,6 +83,12 @@ def test_mistakes_are_told_before_a_model_loads(folder, args, message, monkeypat
     monkeypatch.setattr("rlhf.serving.model.load_served", lambda *a: pytest.fail("a model was loaded"))
     done = command("serve", *(folder if a == "FOLDER" else a for a in args))
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
+def test_layers_in_host_memory_beside_a_cpu_are_refused(folder):
+    """Catches: an option that costs copies and saves nothing."""
+    done = command("generate", folder, "--prompt", "x", "--device", "cpu", "--offload-layers", "3")
+    assert done.exit_code == 2 and "the weights are in host memory as it is; leave it out" in done.output
 
 
 def test_a_taken_port_is_told(folder):
