@@ -402,6 +402,10 @@ class Engine:
         if job.scores is not None:
             prompt = job.scores.result()
             news = tuple(replace(d, prompt=prompt) if is_first[d.index] else d for d in news)
+        if job.cached_tokens and is_first.any():
+            news = tuple(
+                replace(d, cached_tokens=job.cached_tokens) if is_first[d.index] else d for d in news
+            )
         return news
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:

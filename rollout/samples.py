@@ -54,6 +54,7 @@ class Job:
     rows: np.ndarray  # (k,) of its samples, in order
     scores: PromptScores | None = None  # of its prompt, where asked for
     adapter: int = 0  # number of its adapter in the engine, 0 = none
+    cached_tokens: int | None = None  # of its prompt, found in the cache when it first ran
 
 
 class Samples:

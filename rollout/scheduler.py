@@ -332,6 +332,8 @@ class Scheduler:
             prefill.pages, prefill.first_page = hits + self.pool.take(need), first
             prefill.done = len(hits) * self.config.page_tokens
             self.hit_tokens += prefill.done
+            if prefill.job.cached_tokens is None:
+                prefill.job.cached_tokens = min(prefill.done, len(prefill.job.prompt))
             self.prefill_tokens += len(prefill.token_ids)
             self._prefilling.append(prefill)
             coming.update(self._digests(prefill)[len(hits) :])

@@ -139,6 +139,8 @@ def test_bits_are_those_of_an_engine_that_keeps_all_pages(windowed, window, conf
     assert engine.generate(requests) == expected
     if config.get("cache_tokens") == 11 * PAGE and window == 64:  # five pages each
         assert engine.stats["rollout/preempted"] > 0
+    if not config:  # the cache is as large as the work
+        assert engine.stats["rollout/preempted"] == 0
     assert engine.generate(requests[::-1]) == expected[::-1]
     check_nothing_held(engine)
 

@@ -122,11 +122,17 @@ async def soak(running, expected, count, seed):
         assert engine.load.preempted > 0 and engine.load.version > 0
         assert sum(metrics.requests.values()) == count and sum(outcomes.values()) == count
         assert metrics.requests["finished"] >= outcomes["whole"] and not metrics.requests["failed"]
+        print(
+            f"{count} requests: {outcomes}, {dict(metrics.requests)}, {metrics.generated_tokens} tokens told,",
+            end=" ",
+        )
+        print(f"gave way {engine.load.preempted} times, {engine.load.version} versions of the weights")
 
 
 @pytest.mark.timeout(1800)
 def test_many_come_and_go(load):
-    """RLHF_SOAK_REQUESTS=10000 asks for that many (ten minutes). Catches: news lost or told twice, pages kept by those who have gone, results that depend on what happens around."""
+    """RLHF_SOAK_REQUESTS=10000 asks for that many (some minutes; -s shows what happened). Catches: news lost, told twice or in
+    another order, pages kept by those who have gone, results that depend on what happens around."""
     count = int(os.environ.get("RLHF_SOAK_REQUESTS", "200"))
     quiet = load(cache_tokens=1024).engine
     expected = quiet.generate([make_request(i, n=3) for i in range(100)])
