@@ -33,6 +33,7 @@ KvDtype = Annotated[str, typer.Option("--kv-dtype", help="Numbers of the cache: 
 Weights = Annotated[str, typer.Option("--weights", help="Weights that the engine runs from: auto (the model's), int8 or int4.")]  # fmt: skip
 OffloadLayers = Annotated[int, typer.Option("--offload-layers", help="Layers whose weights stay in host memory and come to the GPU as they run, for a model that does not fit.")]  # fmt: skip
 DraftTokens = Annotated[int, typer.Option("--draft-tokens", help="Most tokens guessed at and checked in one pass, which changes no answer; 0 = none.")]  # fmt: skip
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter and its name; may be given several times.")]  # fmt: skip
 Temperature = Annotated[float, typer.Option("--temperature", help="0 = always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens that together hold this probability.")]  # fmt: skip
 TopK = Annotated[int, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 = all.")]
@@ -58,7 +59,7 @@ def serve(
     weights: Weights = _ENGINE["weights"].default,
     offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter and what clients call it; may be given several times.")] = None,
+    adapter: Adapters = None,
     grace: Annotated[float, typer.Option("--grace", help="Seconds that answers in work have to finish after SIGTERM.")] = _SERVER["grace_s"].default,
 ) -> None:  # fmt: skip
     """Answer OpenAI's HTTP API (completions, chat) with a model. Ctrl-C or SIGTERM ends it."""
@@ -111,8 +112,9 @@ def generate(
     weights: Weights = _ENGINE["weights"].default,
     offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
+    adapter: Adapters = None,
 ) -> None:  # fmt: skip
-    """Sample answers to prompts, all at once."""
+    """Sample answers to prompts, all at once. Of adapters the first answers, or the one that a row of --file names."""
     with _mistakes():
         from rlhf.serving.rows import read_rows, write_rows
 
@@ -123,7 +125,8 @@ def generate(
             raise NotStarted(f"--out {out}: there is no folder {out.parent}")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens)
+                 max_sequences=max_sequences, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
+                 adapters=_adapters(adapter or [], ""))
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.batch import answers
@@ -158,12 +161,14 @@ def chat(
     weights: Weights = _ENGINE["weights"].default,
     offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
+    adapter: Adapters = None,
 ) -> None:
     """Talk to a model in the terminal. /help says what else there is; Ctrl-C stops an answer."""
     with _mistakes():
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=1, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens)
+                 max_sequences=1, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
+                 adapters=_adapters(adapter or [], ""))
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.terminal import talk
