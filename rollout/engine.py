@@ -437,10 +437,10 @@ class Engine:
     # before and after
 
     def _check(self, requests: Sequence[Request]) -> None:
-        seen = set(self._jobs)
+        seen: set[str] = set()
         for request in requests:
             name, prompt = request.id, request.prompt_ids
-            if name in seen:
+            if name in seen or name in self._jobs:
                 raise ValueError(f"two requests have the id {name!r}; ids of those in work must be unique")
             seen.add(name)
             if len(prompt) + 1 > self._context:
@@ -464,18 +464,20 @@ class Engine:
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
         page_tokens, reach = self.config.page_tokens, self._reach
-        asked = [*requests, *(job.request for job in self._jobs.values())]
-        own = [reach.sample_pages(len(r.prompt_ids), self._most_written(r)) for r in asked]
+        asked = list(requests)  # those in work fit a cache of fixed size, or would not be there
+        if self.config.cache_tokens is None:
+            asked += [job.request for job in self._jobs.values()]
         largest = max((reach.least_pages(self._most_written(r)) for r in asked), default=0)
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens
         else:
+            own = [reach.sample_pages(len(r.prompt_ids), self._most_written(r)) for r in asked]
             each = sorted((n for n, r in zip(own, asked) for _ in r.seeds), reverse=True)
             wanted = sum(each[: self.config.max_sequences])
             num_pages = min(wanted, self._pool.num_pages + free_pages(self._pages))
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
-            worst = max(requests, key=self._most_written)
+            worst = max(asked, key=self._most_written)
             raise ValueError(
                 f"request {worst.id!r} needs up to {largest * page_tokens} tokens of cache and there are "
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"

@@ -3,8 +3,9 @@
 A `Prefill` is work over tokens that are all known: a prompt shared by the samples of one request, or the
 whole text of one sample that was preempted. When its last token is through, its samples draw their next token
 from the same logits and become decoding ones: full pages are shared, the last partial page is copied. What begins
-like work that is being prefilled waits until it can share its pages. Nothing here decides any result: a sample's tokens
-do not depend on when it runs. Where all layers have a window, what no later query sees is given back. Not here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`).
+like work that is being prefilled waits until it can share its pages. Where all layers have a window, pages that no
+later query sees are given back. Nothing here decides any result: a sample's tokens do not depend on when it runs. Not
+here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`), how far queries see (`rlhf.rollout.reach`).
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(p.samples) for p in self._waiting)
+        return self._waiting.num_samples
 
     def add(self, job: Job, expected_tokens: float = 0.0) -> None:
         """Let a request wait for its turn. Samples that were begun before go on each by itself."""
