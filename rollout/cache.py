@@ -107,6 +107,17 @@ class PagePool:
         self.peak_in_use = max(self.peak_in_use, self.num_in_use)
         return pages
 
+    def find_end(self, digests: Sequence[bytes], count: int) -> tuple[int, list[int]]:
+        """(i, pages) of digests[i:n] for the longest prefix, of n pages, whose last `count` pages, or all there are, are
+        cached; a reference is added to each."""
+        end = len(digests)
+        for first in range(len(digests) - 1, -1, -1):
+            if digests[first] not in self._page_of:
+                end = first
+            elif end - first == count or first == 0:
+                return first, self.find(digests[first:end])
+        return 0, []
+
     def remember(self, pages: Sequence[int], digests: Sequence[bytes]) -> None:
         """Make pages findable by their prefix; a prefix that is known already keeps its page."""
         for page, digest in zip(pages, digests, strict=True):

@@ -22,13 +22,14 @@ from rlhf.faults import fault_point
 from rlhf.kernels.attention import KEY_STEP
 from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.adapters import read_adapter
-from rlhf.models.attention import kv_shapes
+from rlhf.models.attention import kv_shapes, widest_window
 from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
 from rlhf.rollout.lengths import Lengths
 from rlhf.rollout.prompt_scores import PromptScores
+from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
@@ -59,6 +60,7 @@ class Engine:
             model.device,
         )
         self._pool = PagePool(0)
+        self._reach = Reach(widest_window(model), config.page_tokens)
         self._runner = Runner(model, self._pages, WEIGHT_BITS.get(config.weights), graphs=config.cuda_graphs)
         self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, self._vocab)
         self._lengths = Lengths()
@@ -205,7 +207,7 @@ class Engine:
                 f"adapter {name!r}: {type(self.model).__name__} is no decoder of Llama's kind, so that requests cannot have "
                 "adapters of their own; merge it into the model"
             )
-        adapter = read_adapter(folder, linears)
+        adapter = read_adapter(folder, linears, self.model.device)
         number = next(self._adapter_numbers)
         self._runner.adapters[number] = adapter
         self._adapters[name] = number
@@ -400,6 +402,10 @@ class Engine:
         if job.scores is not None:
             prompt = job.scores.result()
             news = tuple(replace(d, prompt=prompt) if is_first[d.index] else d for d in news)
+        if job.cached_tokens and is_first.any():
+            news = tuple(
+                replace(d, cached_tokens=job.cached_tokens) if is_first[d.index] else d for d in news
+            )
         return news
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
@@ -431,10 +437,10 @@ class Engine:
     # before and after
 
     def _check(self, requests: Sequence[Request]) -> None:
-        seen = set(self._jobs)
+        seen: set[str] = set()
         for request in requests:
             name, prompt = request.id, request.prompt_ids
-            if name in seen:
+            if name in seen or name in self._jobs:
                 raise ValueError(f"two requests have the id {name!r}; ids of those in work must be unique")
             seen.add(name)
             if len(prompt) + 1 > self._context:
@@ -457,19 +463,21 @@ class Engine:
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         """Make the cache large enough for what is in work and these, and refuse a sample that could never fit."""
-        page_tokens = self.config.page_tokens
-        asked = [*requests, *(job.request for job in self._jobs.values())]
-        own = [-(-self._most_written(r) // page_tokens) for r in asked]
-        largest = max(own, default=0)
+        page_tokens, reach = self.config.page_tokens, self._reach
+        asked = list(requests)  # those in work fit a cache of fixed size, or would not be there
+        if self.config.cache_tokens is None:
+            asked += [job.request for job in self._jobs.values()]
+        largest = max((reach.least_pages(self._most_written(r)) for r in asked), default=0)
         if self.config.cache_tokens is not None:
             num_pages = self.config.cache_tokens // page_tokens
         else:
+            own = [reach.sample_pages(len(r.prompt_ids), self._most_written(r)) for r in asked]
             each = sorted((n for n, r in zip(own, asked) for _ in r.seeds), reverse=True)
             wanted = sum(each[: self.config.max_sequences])
             num_pages = min(wanted, self._pool.num_pages + free_pages(self._pages))
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
-            worst = max(requests, key=self._most_written)
+            worst = max(asked, key=self._most_written)
             raise ValueError(
                 f"request {worst.id!r} needs up to {largest * page_tokens} tokens of cache and there are "
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"
@@ -500,6 +508,7 @@ class Engine:
             version=self.version,
             put_by=self._pages,
             drafts=self._drafts,
+            reach=self._reach,
         )
         self._special = SpecialRows(self._samples, self._tokenizer, self._grammars)
         self._done_at_once: list[Job] = []

@@ -44,6 +44,7 @@ class Queue:
         ] = {}  # by tenant; "" for all where it is not fair
         self._served: dict[str, int] = {}
         self._number = 0
+        self.num_samples = 0  # of all that waits
 
     def __len__(self) -> int:
         return len(self._front) + sum(map(len, self._heaps.values()))
@@ -55,6 +56,7 @@ class Queue:
             yield from (entry[-1] for entry in heap)
 
     def push(self, work: Prefill) -> None:
+        self.num_samples += len(work.samples)
         tenant = work.job.request.tenant if self._is_fair else ""
         if not self._heaps.get(tenant):
             waiting = [self._served[t] for t, heap in self._heaps.items() if heap]
@@ -64,12 +66,16 @@ class Queue:
         heapq.heappush(self._heaps.setdefault(tenant, []), entry)
 
     def push_front(self, work: Prefill) -> None:
+        self.num_samples += len(work.samples)
         self._front.appendleft(work)
 
     def pop(self) -> Prefill:
         """The next; raises IndexError where nothing waits."""
-        if self._front:
-            return self._front.popleft()
+        work = self._front.popleft() if self._front else self._pop_heap()
+        self.num_samples -= len(work.samples)
+        return work
+
+    def _pop_heap(self) -> Prefill:
         tenants = [t for t, heap in self._heaps.items() if heap]
         if not tenants:
             raise IndexError("nothing waits")
@@ -96,4 +102,5 @@ class Queue:
                 self._heaps[tenant] = kept
             if not kept:
                 del self._heaps[tenant]
+        self.num_samples -= sum(len(work.samples) for work in out)
         return out

@@ -7,7 +7,7 @@ Tokens in, tokens out. Not here: text, rewards, and the run's records (`rlhf.rec
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -214,6 +214,9 @@ class Delta:
     finish_reason: FinishReason | None  # None: more will come
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt: PromptLogprobs | None = None  # with the first one
+    cached_tokens: int = field(
+        default=0, compare=False
+    )  # of the prompt, found in the cache; with a sample's first one
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Runner:
         self.forward = StepForward(model, bits)
         self.adapters: dict[int, Adapter] = {}  # by their number
         self.graphs: DecodeGraphs | None = None
-        if graphs and serves(model):
+        if graphs and serves(model) and not self.forward.brings_weights:
             self.graphs = DecodeGraphs(self.forward, pages, Recorder(model.device))
 
     def refresh(self) -> None:

@@ -28,12 +28,13 @@ _PER_SAMPLE = {  # what a row holds of one number each, and its type
     "streams": np.bool_,  # every token is told
     "limit": np.int64,  # most response tokens, within the context
     "prompt_tokens": np.int64,
-    # where it is; the first three are written by the engine, the last by the scheduler
+    # where it is; the last two are written by the scheduler, the others by the engine
     "count": np.int64,  # response tokens written
     "told": np.int64,  # of them, those that `newest` gave out
     "next_token": np.int64,  # the newest token, not yet in the cache
     "finished": np.int8,
-    "num_pages": np.int64,
+    "num_pages": np.int64,  # from the first on
+    "first_page": np.int64,  # of those that it still holds; entries of the table before it repeat that one
 }
 _PER_TOKEN = {  # of the response, with one entry per token
     "tokens": np.int64,
@@ -53,6 +54,7 @@ class Job:
     rows: np.ndarray  # (k,) of its samples, in order
     scores: PromptScores | None = None  # of its prompt, where asked for
     adapter: int = 0  # number of its adapter in the engine, 0 = none
+    cached_tokens: int | None = None  # of its prompt, found in the cache when it first ran
 
 
 class Samples:
@@ -72,6 +74,7 @@ class Samples:
     next_token: np.ndarray
     finished: np.ndarray
     num_pages: np.ndarray
+    first_page: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
     processed: np.ndarray
@@ -121,7 +124,7 @@ class Samples:
         put("prompt_tokens", [len(t) for t in prompts])
         put("stops", _padded([p.stop_ids for p in params], self.stops.shape[1]))
         self.key[rows] = [s for r in requests for s in r.seeds]
-        for name in ("count", "told", "next_token", "finished", "num_pages"):
+        for name in ("count", "told", "next_token", "finished", "num_pages", "first_page"):
             getattr(self, name)[rows] = 0
         jobs = []
         for request, prompt, own in zip(

@@ -3,8 +3,9 @@
 A `Prefill` is work over tokens that are all known: a prompt shared by the samples of one request, or the
 whole text of one sample that was preempted. When its last token is through, its samples draw their next token
 from the same logits and become decoding ones: full pages are shared, the last partial page is copied. What begins
-like work that is being prefilled waits until it can share its pages. Nothing here decides any result: a sample's tokens
-do not depend on when it runs. Not here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`).
+like work that is being prefilled waits until it can share its pages. Where all layers have a window, pages that no
+later query sees are given back. Nothing here decides any result: a sample's tokens do not depend on when it runs. Not
+here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`), how far queries see (`rlhf.rollout.reach`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from rlhf.rollout.cache import PagePool, prefix_digests
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.policies import Queue
+from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import EngineConfig
 from rlhf.rollout.samples import ABORTED, RUNNING, Job, Samples
 
@@ -41,10 +43,15 @@ class Prefill:
     expected_tokens: float = 0.0  # of the response, by earlier ones
     digests: list[bytes] = field(default_factory=list)  # of its full pages, under `version`
     version: int | None = None
-    pages: list[int] = field(default_factory=list)  # held while it is in work
+    pages: list[int] = field(default_factory=list)  # while it is in work, by their places in the text
+    first_page: int = 0  # of those that it still holds; entries before it repeat that one
     done: int = 0  # tokens in the cache already
     saved: Any = None  # what one sample's pages held when it gave way, and how many there were
     num_saved: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        return self.pages[self.first_page :]
 
     @property
     def is_scored(self) -> bool:
@@ -120,11 +127,13 @@ class Scheduler:
         version: int,
         put_by: PutBy | None = None,
         drafts: Drafts | None = None,
+        reach: Reach | None = None,
     ):
         self.samples, self.pool, self.config, self.version = samples, pool, config, version
         self.num_preempted = self.num_swapped = 0
         self.hit_tokens = self.prefill_tokens = 0
         self._put_by, self._drafts = put_by, drafts
+        self._reach = reach or Reach(None, config.page_tokens)
         self._pages_saved = 0
         self._waiting = Queue(config.policy)
         self._prefilling: list[Prefill] = []
@@ -141,7 +150,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(p.samples) for p in self._waiting)
+        return self._waiting.num_samples
 
     def add(self, job: Job, expected_tokens: float = 0.0) -> None:
         """Let a request wait for its turn. Samples that were begun before go on each by itself."""
@@ -160,7 +169,7 @@ class Scheduler:
         for work in self._waiting.remove(job.number):
             self._forget_saved(work)
         for prefill in [p for p in self._prefilling if p.job is job]:
-            self.pool.release(prefill.pages)
+            self.pool.release(prefill.held)
             self._prefilling.remove(prefill)
         own = np.isin(self._decoding, job.rows)
         for sample in self._decoding[own]:
@@ -188,16 +197,24 @@ class Scheduler:
         self._grow()
         self._admit()
         budget = self.config.max_batch_tokens - len(self._decoding)
-        chunks = []
+        chunks = self._cut(budget)
+        while not chunks and not len(self._decoding) and len(self._prefilling) > 1:
+            self._preempt()  # prefills that wait for each other's pages
+            chunks = self._cut(budget)
+        assert chunks or len(self._decoding), "nothing to run although work is left"
+        size = sum(c.end - c.start for c in chunks)
+        return Step(self._decoding, chunks, self._guess(size, budget - size))
+
+    def _cut(self, budget: int) -> list[Chunk]:
+        """The next pieces of the prefills, in order, of `budget` tokens together."""
+        chunks: list[Chunk] = []
         for prefill in self._prefilling:
-            size = min(budget, len(prefill.token_ids) - prefill.done)
+            size = self._room(prefill, min(budget, len(prefill.token_ids) - prefill.done))
             if size <= 0:
                 break
             chunks.append(_chunk(prefill, size))
-            size = chunks[-1].end - chunks[-1].start
-            budget -= size
-        assert chunks or len(self._decoding), "nothing to run although work is left"
-        return Step(self._decoding, chunks, self._guess(sum(c.end - c.start for c in chunks), budget))
+            budget -= chunks[-1].end - chunks[-1].start
+        return chunks
 
     def commit(self, step: Step) -> Copies:
         """Take note that the pass ran and `samples` recorded its tokens: forks, finished samples.
@@ -231,6 +248,7 @@ class Scheduler:
         gives way.
         """
         samples, page_tokens = self.samples, self.config.page_tokens
+        self._give_back()
         while True:
             rows = self._decoding
             needy = rows[samples.position(rows) == samples.num_pages[rows] * page_tokens]
@@ -240,6 +258,33 @@ class Scheduler:
         if len(needy):
             samples.table[needy, samples.num_pages[needy]] = self.pool.take(len(needy))
             samples.num_pages[needy] += 1
+
+    def _give_back(self) -> None:
+        """Pages of the decoding samples that no later query sees."""
+        if self._reach.window is None:
+            return
+        samples, rows = self.samples, self._decoding
+        first = self._reach.first_page(samples.position(rows))
+        for i in np.flatnonzero(first > samples.first_page[rows]).tolist():
+            row, now = rows[i], int(first[i])
+            self.pool.release(samples.table[row, samples.first_page[row] : now].tolist())
+            samples.table[row, :now] = samples.table[row, now]
+            samples.first_page[row] = now
+
+    def _room(self, prefill: Prefill, size: int) -> int:
+        """How many of a prefill's next `size` tokens have pages, after it gave back what they do not see and got what it lacks;
+        without a window it got all when it was admitted."""
+        if self._reach.window is None or size <= 0:
+            return size
+        first = int(self._reach.first_page(prefill.done))
+        if first > prefill.first_page:
+            self.pool.release(prefill.pages[prefill.first_page : first])
+            prefill.pages[:first] = [prefill.pages[first]] * first
+            prefill.first_page = first
+        size, page_tokens = min(size, self._reach.chunk_tokens), self.config.page_tokens
+        missing = -(-(prefill.done + size) // page_tokens) - len(prefill.pages)
+        prefill.pages += self.pool.take(min(max(missing, 0), self.pool.num_available))
+        return min(size, len(prefill.pages) * page_tokens - prefill.done)
 
     def _admit(self) -> None:
         """Move waiting prefills into work, in order, while there are tokens, sequences and pages for them.
@@ -261,12 +306,14 @@ class Scheduler:
                     break
                 running, budget = running + 1, budget - 1
                 continue
-            hits = self._find(prefill)
+            hits, first = self._find(prefill)
             if self._next_digest(prefill, len(hits)) in coming:
-                self.pool.release(hits)
+                self.pool.release(hits[first:])
                 put_off.append(prefill)
                 continue
-            need = -(-len(prefill.token_ids) // self.config.page_tokens) - len(hits)
+            whole = -(-len(prefill.token_ids) // self.config.page_tokens)
+            most = min(self._reach.prefill_pages(len(prefill.token_ids)), self.pool.num_pages)
+            need = min(whole, first + most) - len(hits)
             # a page for each sample's own tokens, but one sample goes on in the last, partial page
             inherits = len(prefill.token_ids) % self.config.page_tokens > 0
             spare = self.pool.num_available - need - self._promised() + inherits
@@ -274,7 +321,7 @@ class Scheduler:
             if not running:
                 fitting = max(fitting, 1)
             if fitting < (len(prefill.samples) if running else 1):
-                self.pool.release(hits)
+                self.pool.release(hits[first:])
                 self._waiting.push_front(prefill)
                 break
             if fitting < len(prefill.samples):
@@ -283,9 +330,11 @@ class Scheduler:
                     Prefill(prefill.job, rest, prefill.token_ids, prefill.expected_tokens)
                 )
                 prefill.samples = prefill.samples[:fitting]
-            prefill.pages = hits + self.pool.take(need)
+            prefill.pages, prefill.first_page = hits + self.pool.take(need), first
             prefill.done = len(hits) * self.config.page_tokens
             self.hit_tokens += prefill.done
+            if prefill.job.cached_tokens is None:
+                prefill.job.cached_tokens = min(prefill.done, len(prefill.job.prompt))
             self.prefill_tokens += len(prefill.token_ids)
             self._prefilling.append(prefill)
             coming.update(self._digests(prefill)[len(hits) :])
@@ -318,7 +367,9 @@ class Scheduler:
         """Pages that admitted work will want next: one for each sample that may still outgrow its own."""
         samples, rows, page_tokens = self.samples, self._decoding, self.config.page_tokens
         most = samples.prompt_tokens[rows] + samples.limit[rows] - 1
-        growing = int((samples.num_pages[rows] * page_tokens < most).sum())
+        held = samples.num_pages[rows] - samples.first_page[rows]
+        may_grow = (samples.num_pages[rows] * page_tokens < most) & (held < self._reach.most_held)
+        growing = int(may_grow.sum())
         partial = sum(len(p.token_ids) % page_tokens > 0 for p in self._prefilling)
         return growing + sum(len(p.samples) for p in self._prefilling) - partial
 
@@ -326,19 +377,19 @@ class Scheduler:
         """Hand a prefill's pages to its samples that go on: full pages shared, the partial one copied."""
         samples, pool = self.samples, self.pool
         full, partial = divmod(len(prefill.token_ids), self.config.page_tokens)
-        pages = prefill.pages
+        pages, first = prefill.pages, prefill.first_page
         heirs = prefill.samples[samples.finished[prefill.samples] == RUNNING]
         if not len(heirs):
-            pool.release(pages)
+            pool.release(prefill.held)
             return
         if partial:  # the first heir keeps the partial page, the others need one each
             later = heirs[1 + pool.num_available :]
             heirs = heirs[: 1 + pool.num_available]
         else:
             later = heirs[:0]
-        pool.share(pages[:full], len(heirs) - 1)
+        pool.share(pages[first:full], len(heirs) - 1)
         samples.table[heirs, : len(pages)] = pages
-        samples.num_pages[heirs] = len(pages)
+        samples.num_pages[heirs], samples.first_page[heirs] = len(pages), first
         if partial and len(heirs) > 1:
             own = pool.take(len(heirs) - 1)
             samples.table[heirs[1:], full] = own
@@ -357,17 +408,22 @@ class Scheduler:
             job = self.samples.job[sample]
             assert job is not None, f"row {sample} is free"
             digests = prefix_digests(self.version, text, self.config.page_tokens, job.adapter)
+            digests = digests[self.samples.first_page[sample] :]
             self.pool.remember(pages[: len(digests)], digests)
         self.pool.release(pages)
-        self.samples.num_pages[sample] = 0
+        self.samples.num_pages[sample] = self.samples.first_page[sample] = 0
 
     def _pages(self, sample: int) -> list[int]:
-        return self.samples.table[sample, : self.samples.num_pages[sample]].tolist()
+        """Those that it holds."""
+        samples = self.samples
+        return samples.table[sample, samples.first_page[sample] : samples.num_pages[sample]].tolist()
 
     def _bring_back(self, prefill: Prefill) -> bool:
         """Let a sample whose pages were put by go on, if there are pages for it."""
         samples, (sample,) = self.samples, prefill.samples
-        needed = int(samples.position(sample)) // self.config.page_tokens + 1
+        position = int(samples.position(sample))
+        first, end = int(self._reach.first_page(position)), position // self.config.page_tokens + 1
+        needed = end - first
         spare = self.pool.num_available - (self._promised() if len(self._decoding) else 0)
         if needed > spare:
             return False
@@ -375,8 +431,8 @@ class Scheduler:
         assert self._put_by is not None, "pages were put by without a place for them"
         self._put_by.load(prefill.saved, pages[: prefill.num_saved])
         self._forget_saved(prefill)
-        samples.table[sample, :needed] = pages
-        samples.num_pages[sample] = needed
+        samples.table[sample, :first], samples.table[sample, first:end] = pages[0], pages
+        samples.num_pages[sample], samples.first_page[sample] = end, first
         self._decoding = np.append(self._decoding, sample)
         return True
 
@@ -394,13 +450,16 @@ class Scheduler:
             prefill.version = self.version
         return prefill.digests
 
-    def _find(self, prefill: Prefill) -> list[int]:
-        """Cached pages of a prefix that leaves at least one token to run, whose logits are needed."""
+    def _find(self, prefill: Prefill) -> tuple[list[int], int]:
+        """Pages of a cached prefix that leaves at least one token to run, whose logits are needed; and the number of the first
+        that is held, which those before it, seen by nobody, repeat."""
         if prefill.is_scored:
-            return []
-        return self.pool.find(
-            self._digests(prefill)[: (len(prefill.token_ids) - 1) // self.config.page_tokens]
-        )
+            return [], 0
+        digests = self._digests(prefill)[: (len(prefill.token_ids) - 1) // self.config.page_tokens]
+        if self._reach.pages_before is None:
+            return self.pool.find(digests), 0
+        first, pages = self.pool.find_end(digests, self._reach.pages_before)
+        return pages[:1] * first + pages, first
 
     def _next_digest(self, prefill: Prefill, num_hits: int) -> bytes | None:
         """Of the first page that was not found."""
@@ -431,7 +490,9 @@ class Scheduler:
     def _save(self, sample: int) -> tuple[Any, int]:
         """Put a sample's pages by, where that is wanted and there is room: as many as the cache has."""
         written = -(-int(self.samples.position(sample)) // self.config.page_tokens)
-        pages = self._pages(sample)[:written]  # one more may be there for what is next
+        pages = self._pages(sample)[
+            : written - int(self.samples.first_page[sample])
+        ]  # one more may be there for what is next
         if (
             self.config.preemption != "swap"
             or self._put_by is None
@@ -443,8 +504,8 @@ class Scheduler:
         return self._put_by.save(pages), len(pages)
 
     def _put_back(self, prefill: Prefill) -> None:
-        self.pool.release(prefill.pages)
-        prefill.pages, prefill.done = [], 0
+        self.pool.release(prefill.held)
+        prefill.pages, prefill.first_page, prefill.done = [], 0, 0
         self._waiting.push_front(prefill)
 
     def _requeue(self, sample: int, saved: Any = None, num_saved: int = 0) -> None:

@@ -59,9 +59,8 @@ class Adapter:
 AdapterRows = Sequence[tuple[Adapter, torch.Tensor | None]]  # adapters of a step, and whose rows; None: all
 
 
-def read_adapter(folder: str | Path, linears: Mapping[str, nn.Linear]) -> Adapter:
-    """The adapter of a folder that peft's `save_pretrained` wrote, for the model's linears by their path, in their dtype and on
-    their device. Raises ValueError for a folder that is none, kinds of LoRA other than the plain one, and shapes that are not
+def read_adapter(folder: str | Path, linears: Mapping[str, nn.Linear], device: torch.device | str) -> Adapter:
+    """The adapter of a folder that peft's `save_pretrained` wrote, for the model's linears by their path, in their dtype. Raises ValueError for a folder that is none, kinds of LoRA other than the plain one, and shapes that are not
     those of the model."""
     from peft import LoraConfig
     from safetensors.torch import load_file
@@ -92,21 +91,28 @@ def read_adapter(folder: str | Path, linears: Mapping[str, nn.Linear]) -> Adapte
                 "merge the adapter into the model"
             )
         pairs.setdefault(path, {})[kind] = weight
-    parts = {path: _low_rank(folder, path, pair, config, linears[path]) for path, pair in pairs.items()}
+    parts = {
+        path: _low_rank(folder, path, pair, config, linears[path], device) for path, pair in pairs.items()
+    }
     if not parts:
         raise ValueError(f"{folder} holds no weights")
     return Adapter(parts)
 
 
 def _low_rank(
-    folder: Path, path: str, pair: dict[str, torch.Tensor], config: object, base: nn.Linear
+    folder: Path,
+    path: str,
+    pair: dict[str, torch.Tensor],
+    config: object,
+    base: nn.Linear,
+    device: torch.device | str,
 ) -> LowRank:
     shapes = {kind: tuple(weight.shape) for kind, weight in sorted(pair.items())}
     rank = config.r  # type: ignore[attr-defined]
     wanted = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
     if shapes != wanted:
         raise ValueError(f"{folder}: {path} has {shapes}; the model needs {wanted}")
-    a, b = (pair[kind].to(base.weight.device, base.weight.dtype).contiguous() for kind in wanted)
+    a, b = (pair[kind].to(device, base.weight.dtype).contiguous() for kind in wanted)
     alpha = config.lora_alpha  # type: ignore[attr-defined]
     scale = alpha / rank**0.5 if config.use_rslora else alpha / rank  # type: ignore[attr-defined]
     return LowRank(a, b, pack(a), pack(b), scale)

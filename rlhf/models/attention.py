@@ -203,21 +203,35 @@ def in_context() -> bool:
 
 def kv_shapes(model: torch.nn.Module) -> list[tuple[int, int, int]]:
     """(Hkv, D, Dv) of every layer, as one token shows them: configurations say it in too many ways."""
+    shapes = _shown(model).of_layer
+    return [shapes[layer] for layer in range(len(shapes))]
+
+
+def widest_window(model: torch.nn.Module) -> int | None:
+    """The most positions that a query sees in any layer, itself included, as one token shows it; None: all of them, in one
+    layer at least."""
+    windows = _shown(model).windows.values()
+    return None if None in windows else max(windows, default=None)
+
+
+def _shown(model: torch.nn.Module) -> _Shapes:
     shapes = _Shapes()
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with torch.no_grad(), use_context(shapes):
         model(input_ids=token, position_ids=token, use_cache=False)
-    return [shapes.of_layer[layer] for layer in range(len(shapes.of_layer))]
+    return shapes
 
 
 class _Shapes:
     def __init__(self) -> None:
         self.of_layer: dict[int, tuple[int, int, int]] = {}
+        self.windows: dict[int, int | None] = {}
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
         self.of_layer[layer] = (k.shape[1], k.shape[2], v.shape[2])
+        self.windows[layer] = options["window"]
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 

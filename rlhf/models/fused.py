@@ -31,6 +31,7 @@ from rlhf.kernels.rotary import rotate_
 from rlhf.models.adapters import AdapterRows, add_changes
 from rlhf.models.attention import PackedContext, PagedContext, StepContext, use_context
 from rlhf.models.linear import InvariantLinear
+from rlhf.models.offload import Arrival, Departure, home_of
 from rlhf.models.swap import FastRMSNorm, GatedMLP
 from rlhf.models.value_head import NAME as VALUE_HEAD
 
@@ -53,8 +54,8 @@ class StepForward:
         self._decoder = _decoder(model)
         if bits is not None and (self._decoder is None or not self._decoder.quantize(bits)):
             raise ValueError(
-                f"weights of {bits} bits: the model is not a decoder of Llama's kind with plain linears (adapters are not), "
-                "for 4 bits of sizes that are multiples of 64; set rollout.weights: auto"
+                f"weights of {bits} bits: the model is not a decoder of Llama's kind with plain linears (adapters are not) that are "
+                "on the device, for 4 bits of sizes that are multiples of 64; set rollout.weights: auto"
             )
         self.refresh()
 
@@ -70,6 +71,12 @@ class StepForward:
         joined = [j for layer in self._decoder.layers for j in layer.joined]
         found = {path: m for j in joined for (path, _), m in zip(j.paths, j.linears, strict=True)}
         return found if all(type(m) is InvariantLinear for m in found.values()) else {}
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether weights of some layers come to the device as these run (`rlhf.models.offload`): no two passes read them at the
+        same addresses."""
+        return any(home_of(module) is not None for module in self._model.modules())
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -161,8 +168,8 @@ class _Decoder:
 
     def drop_packs(self) -> None:
         self.native = self._noted = None
-        for joined in (j for layer in self.layers for j in layer.joined):
-            joined.drop_pack()
+        for layer in self.layers:
+            layer.drop_packs()
 
     @property
     def made(self) -> list[torch.Tensor]:
@@ -193,12 +200,15 @@ class _Decoder:
             change = context.run(self.native, x, cos, sin)
         if change is None:
             for layer in self.layers:
-                change = layer(x, change, cos, sin, context, adapters)
+                run = layer if layer.home is None else layer.from_host
+                change = run(x, change, cos, sin, context, adapters)
         if keep is not None:
             x, change = x.index_select(0, keep), change.index_select(0, keep)
         return self.head(_normed(x, self.norm, change))
 
     def _native(self) -> Layers | None:
+        if any(layer.home is not None for layer in self.layers):
+            return None
         weights, first = [layer.weights() for layer in self.layers], self.layers[0]
         shapes = {(layer.heads, layer.kv_heads, layer.head_dim) for layer in self.layers}
         if len(shapes) > 1 or any(w is None for w in weights):
@@ -226,6 +236,7 @@ class _Layer:
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.head_norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         self.head_weights: torch.Tensor | None = None  # (Hq + Hkv, D), of the two norms
+        self.home = home_of(layer)  # of weights that are on the device only while it runs
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -233,16 +244,39 @@ class _Layer:
         return [*self.norms, *(self.head_norms or ()), *(m for joined in self.joined for m in joined.linears)]
 
     def quantize(self, bits: int) -> bool:
+        if self.home is not None:
+            return False
         for joined in self.joined:
             joined.bits = bits
         return all(joined.can_join() for joined in self.joined)
 
     def refresh(self) -> None:
-        for joined in self.joined:
-            joined.refresh()
+        if self.home is None:
+            self._join()
         if self.head_norms is not None:
             q, k = (norm.weight.detach() for norm in self.head_norms)
             self.head_weights = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+
+    def drop_packs(self) -> None:
+        for joined in self.joined:
+            joined.drop_pack()
+        if self.home is not None:
+            self.home.host.forget()
+
+    def from_host(self, *args: Any) -> torch.Tensor:
+        """`__call__`, while the weights are on the device."""
+        assert self.home is not None, "its weights are on the device"
+        with self.home.host.present(self.home.index):
+            self._join()
+            try:
+                return self(*args)
+            finally:
+                for joined in self.joined:
+                    joined.drop_pack()
+
+    def _join(self) -> None:
+        for joined in self.joined:
+            joined.refresh()
 
     def weights(self) -> LayerWeights | None:
         """As the kernels for few tokens take them; None where they do not."""
@@ -432,12 +466,15 @@ def _is_plain(model: nn.Module) -> bool:
     """Whether calling the modules does nothing beside their forward (hooks, patched forwards, ZeRO-3's parameters
     that are whole only inside their module)."""
     return not any(
-        m._forward_hooks
-        or m._forward_pre_hooks
+        any(type(hook) not in (Arrival, Departure) for hook in _hooks(m))
         or "forward" in m.__dict__
         or any("ds_id" in p.__dict__ for p in m._parameters.values() if p is not None)
         for m in model.modules()
     )
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
 
 
 class _Trial:

@@ -191,7 +191,7 @@ class AsyncEngine:
 
     async def update_weights(self, change: Callable[[], T], version: int) -> T:
         """Run `change` in the engine's thread between two steps; the weights are those of `version` from then on, also
-        where it raises. Requests in work go on under them."""
+        where it raises. Requests in work go on under them. Whoever is cancelled before `change` began has changed nothing."""
 
         def update() -> T:
             try:
@@ -229,6 +229,8 @@ class AsyncEngine:
         done: Future[T] = Future()
 
         def command() -> None:
+            if not done.set_running_or_notify_cancel():  # nobody waits any more
+                return
             try:
                 done.set_result(do())
             except Exception as error:  # the caller's

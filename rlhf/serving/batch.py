@@ -23,14 +23,19 @@ from rlhf.serving.text import SampleText
 def answers(
     settings: EngineSettings, rows: Sequence[dict[str, Any]], *, chat: bool, wishes: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each row with `responses` and `finish_reasons`. `wishes` are fields of a completion's body.
+    """Each row with `responses` and `finish_reasons`. `wishes` are fields of a completion's body. Of the settings' adapters the
+    first one answers, or the one that a row names as its `adapter`, "" for the model itself.
 
     With a seed every row draws with noise of its own. Raises NotStarted, naming the row, before any work.
     """
     bodies = [_body(number, row, chat, wishes) for number, row in enumerate(rows, 1)]
+    adapters = [_adapter(number, row, list(settings.adapters)) for number, row in enumerate(rows, 1)]
     served = load_served(settings, settings.model)
     seed = sample_seeds(wishes["seed"], 1)[0]
-    requests = [_request(number, body, served, seed) for number, body in enumerate(bodies, 1)]
+    requests = [
+        _request(number, body, served, seed, adapter)
+        for number, (body, adapter) in enumerate(zip(bodies, adapters, strict=True), 1)
+    ]
     shown = _Progress(sum(body.n for body in bodies))
     found = served.engine.generate(requests, on_progress=shown)
     shown.end()
@@ -57,7 +62,17 @@ def _body(number: int, row: dict[str, Any], chat: bool, wishes: dict[str, Any]) 
         raise _named(number, error) from None
 
 
-def _request(number: int, body: Sampling, served: Served, seed: int) -> Request:
+def _adapter(number: int, row: dict[str, Any], names: Sequence[str]) -> str:
+    if "adapter" not in row:
+        return names[0] if names else ""
+    if row["adapter"] not in ("", *names):
+        raise NotStarted(
+            f"prompt {number}: the adapter {row['adapter']!r} is not here (--adapter NAME=FOLDER); there are: {', '.join(names) or 'none'}"
+        )
+    return row["adapter"]
+
+
+def _request(number: int, body: Sampling, served: Served, seed: int, adapter: str) -> Request:
     try:
         if isinstance(body, ChatBody):
             prompt = chat_prompt(served.tokenizer, body.messages)
@@ -74,7 +89,7 @@ def _request(number: int, body: Sampling, served: Served, seed: int) -> Request:
         )
     except (ApiError, ValueError) as error:
         raise _named(number, error) from None
-    return new_request(body, prompt, params, sample_seeds(seed + number - 1, body.n))
+    return new_request(body, prompt, params, sample_seeds(seed + number - 1, body.n), adapter)
 
 
 def _named(number: int, error: Exception) -> NotStarted:

@@ -31,7 +31,7 @@ from rlhf.serving.generation import (
     sampling_params,
 )
 from rlhf.serving.model import Served
-from rlhf.serving.tools import Call, ToolParser, call_grammar
+from rlhf.serving.tools import CallNews, ToolParser, call_grammar
 
 
 class Chat:
@@ -67,7 +67,7 @@ class Chat:
         self.generation = Generation(engine, served, body, requests_for(body, served, [prompt], [params]))
         names = [tool.function.name for tool in body.shown_tools]
         self._parsers = [ToolParser(names) for _ in range(body.n)] if names else None
-        self._num_calls = [0] * body.n
+        self._has_calls = [False] * body.n
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -94,7 +94,7 @@ class Chat:
             if found.calls:
                 message["content"] = found.content or None
                 message["tool_calls"] = [_as_json(call) for call in found.calls]
-                self._num_calls[index] += len(found.calls)
+                self._has_calls[index] = True
         answer: dict[str, Any] = {
             "index": index,
             "message": message,
@@ -113,9 +113,8 @@ class Chat:
             found = self._parsers[index].push(piece.text, is_over=is_over)
             delta = {"content": found.content} if found.content else {}
             if found.calls:
-                first = self._num_calls[index]
-                delta["tool_calls"] = [{"index": first + i, **_as_json(c)} for i, c in enumerate(found.calls)]
-                self._num_calls[index] += len(found.calls)
+                delta["tool_calls"] = [{"index": call.number, **_as_json(call)} for call in found.calls]
+                self._has_calls[index] = True
         logprobs = self._logprobs(piece.token_ids, piece.logprobs, piece.top)
         if not (delta or is_over or logprobs is not None or self._body.return_token_ids):
             return []
@@ -131,7 +130,7 @@ class Chat:
         return {**self._head, "choices": [choice]}
 
     def _reason(self, index: int, reason: str | None) -> str | None:
-        return "tool_calls" if reason == "stop" and self._num_calls[index] else reason
+        return "tool_calls" if reason == "stop" and self._has_calls[index] else reason
 
     def _logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[float], top: Sequence[TopLogprobs]
@@ -220,7 +219,10 @@ def _arguments(text: str) -> Any:
         ) from error
 
 
-def _as_json(call: Call) -> dict[str, Any]:
+def _as_json(call: CallNews) -> dict[str, Any]:
+    """What goes on has neither id nor name: clients add its arguments to those they have."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
     return {
         "id": f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",

@@ -31,7 +31,9 @@ CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Size of
 MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Sequences decoded at the same time.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="Numbers of the cache: auto (the model's), int8 or fp8.")]  # fmt: skip
 Weights = Annotated[str, typer.Option("--weights", help="Weights that the engine runs from: auto (the model's), int8 or int4.")]  # fmt: skip
+OffloadLayers = Annotated[int, typer.Option("--offload-layers", help="Layers whose weights stay in host memory and come to the GPU as they run, for a model that does not fit.")]  # fmt: skip
 DraftTokens = Annotated[int, typer.Option("--draft-tokens", help="Most tokens guessed at and checked in one pass, which changes no answer; 0 = none.")]  # fmt: skip
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter and its name; may be given several times.")]  # fmt: skip
 Temperature = Annotated[float, typer.Option("--temperature", help="0 = always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens that together hold this probability.")]  # fmt: skip
 TopK = Annotated[int, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 = all.")]
@@ -55,8 +57,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option("--max-waiting", help="Samples that may wait; more are answered 503.")] = _SERVER["max_waiting"].default,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter and what clients call it; may be given several times.")] = None,
+    adapter: Adapters = None,
     grace: Annotated[float, typer.Option("--grace", help="Seconds that answers in work have to finish after SIGTERM.")] = _SERVER["grace_s"].default,
 ) -> None:  # fmt: skip
     """Answer OpenAI's HTTP API (completions, chat) with a model. Ctrl-C or SIGTERM ends it."""
@@ -64,7 +67,7 @@ def serve(
         _needs("uvicorn", "starlette")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, policy=policy, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, draft_tokens=draft_tokens,
+                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
                  adapters=_adapters(adapter or [], name or model))
         )  # fmt: skip
         key = os.environ.pop(_KEY_VARIABLE, None) if api_key is None else api_key
@@ -107,9 +110,11 @@ def generate(
     max_sequences: MaxSequences = _ENGINE["max_sequences"].default,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
+    adapter: Adapters = None,
 ) -> None:  # fmt: skip
-    """Sample answers to prompts, all at once."""
+    """Sample answers to prompts, all at once. Of adapters the first answers, or the one that a row of --file names."""
     with _mistakes():
         from rlhf.serving.rows import read_rows, write_rows
 
@@ -120,7 +125,8 @@ def generate(
             raise NotStarted(f"--out {out}: there is no folder {out.parent}")
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=max_sequences, weights=weights, draft_tokens=draft_tokens)
+                 max_sequences=max_sequences, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
+                 adapters=_adapters(adapter or [], ""))
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.batch import answers
@@ -153,13 +159,16 @@ def chat(
     cache_tokens: CacheTokens = None,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
+    offload_layers: OffloadLayers = _ENGINE["offload_layers"].default,
     draft_tokens: DraftTokens = _ENGINE["draft_tokens"].default,
+    adapter: Adapters = None,
 ) -> None:
     """Talk to a model in the terminal. /help says what else there is; Ctrl-C stops an answer."""
     with _mistakes():
         engine = EngineSettings.model_validate(
             dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
-                 max_sequences=1, weights=weights, draft_tokens=draft_tokens)
+                 max_sequences=1, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
+                 adapters=_adapters(adapter or [], ""))
         )  # fmt: skip
         _check_folder(model)
         from rlhf.serving.terminal import talk
@@ -176,7 +185,8 @@ def _mistakes() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        _give_up(f"{option} {first['input']}: {first['msg']}")
+        where = f"{option} {first['input']}: " if first["loc"] else ""
+        _give_up(where + first["msg"].removeprefix("Value error, "))
     except ValueError as error:
         _give_up(str(error))
 

@@ -84,7 +84,7 @@ class Completions:
             yield [{**self._head, "choices": [], "usage": self._usage}]
 
     @property
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         usage = self.generation.usage
         if self._body.max_tokens == 0:  # the token that the engine draws at least is nobody's
             return usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}

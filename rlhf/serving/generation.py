@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf.rollout import Delta, Grammar, Request, SamplingParams
 from rlhf.rollout.request import MOST_TOP_LOGPROBS, PromptLogprobs, TopLogprobs
@@ -223,14 +224,16 @@ class Generation:
         ]  # fmt: skip
         self.num_prompt_tokens = sum(len(r.prompt_ids) for r in requests)
         self.num_completion_tokens = 0
+        self._cached_tokens = [0] * len(requests)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         total = self.num_prompt_tokens + self.num_completion_tokens
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
     async def begin(self) -> None:
@@ -268,6 +271,8 @@ class Generation:
     def _piece(self, number: int, delta: Delta) -> Piece:
         choice = number * self._body.n + delta.index
         self.num_completion_tokens += len(delta.token_ids)
+        if delta.cached_tokens:  # each of the prompt's samples says it
+            self._cached_tokens[number] = delta.cached_tokens
         text = self._texts[choice].push(delta.token_ids, delta.finish_reason)
         news = (delta.token_ids, delta.logprobs, delta.top_logprobs, delta.finish_reason, delta.prompt)
         return Piece(choice, text, *news)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.attention import kv_shapes
+from rlhf.models.attention import kv_shapes, widest_window
 from rlhf.models.load import generation_stop_ids, load_model, load_tokenizer, read_config
+from rlhf.models.offload import offload_layers
 from rlhf.recipe.schema import ModelConfig, TokenizerConfig
 from rlhf.rng import key
 from rlhf.rollout import Engine, EngineConfig
 from rlhf.rollout.cache import KVPages, free_pages
+from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import KV_DTYPES
 from rlhf.serving.settings import EngineSettings
 from rlhf.serving.text import TokenTexts
@@ -66,9 +68,10 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
         raise ValueError(
             f"--device {device} cannot be used: {str(error).splitlines()[0]}; choose cpu"
         ) from None
-    model: Any = load_model(model_config, tokenizer, seed=0, device=device, trainable=False)
+    model = _load(settings, model_config, tokenizer, device)
     context = model.config.get_text_config().max_position_embeddings
-    cache_tokens = settings.cache_tokens or _cache_tokens(model, settings, context)
+    reach = Reach(widest_window(model), settings.page_tokens)
+    cache_tokens = settings.cache_tokens or _cache_tokens(model, settings, context, reach)
     engine_config = EngineConfig(
         page_tokens=settings.page_tokens,
         max_batch_tokens=settings.max_batch_tokens,
@@ -86,8 +89,23 @@ def load_served(settings: EngineSettings, name: str, *, cache_responses: bool = 
     for adapter, folder in settings.adapters.items():
         engine.add_adapter(adapter, folder)
     # the last token of a sequence never gets keys and values
-    in_cache = cache_tokens // settings.page_tokens * settings.page_tokens + 1
+    in_cache = reach.longest(cache_tokens // settings.page_tokens) + 1
     return Served(name, engine, tokenizer, stop_ids, min(context, in_cache))
+
+
+def _load(
+    settings: EngineSettings, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str
+) -> Any:
+    count = settings.offload_layers
+    if not count:
+        return load_model(model_config, tokenizer, seed=0, device=device, trainable=False)
+    if torch.device(device).type == "cpu":
+        raise ValueError(
+            f"--offload-layers {count} with --device {device}: the weights are in host memory as it is; leave it out"
+        )
+    model: Any = load_model(model_config, tokenizer, seed=0, device="cpu", trainable=False)
+    offload_layers(model, count, device)
+    return model
 
 
 def sample_seeds(seed: int | None, n: int) -> tuple[int, ...]:
@@ -103,12 +121,12 @@ def _dtype(wanted: str, config: Any) -> str:
     return "float32" if config.dtype in (torch.float32, "float32") else "bfloat16"
 
 
-def _cache_tokens(model: Any, settings: EngineSettings, context: int) -> int:
+def _cache_tokens(model: Any, settings: EngineSettings, context: int, reach: Reach) -> int:
     """For max_sequences of the whole context, as far as the memory allows."""
     shapes = [(heads, size) for heads, size, _ in kv_shapes(model)]
     dtype = KV_DTYPES.get(settings.kv_dtype, model.dtype)
     pages = free_pages(KVPages(shapes, settings.page_tokens, dtype, model.device))
-    wanted = settings.max_sequences * -(-context // settings.page_tokens)
+    wanted = settings.max_sequences * reach.sample_pages(context, context)
     if not min(pages, wanted):
         raise ValueError("there is no memory for a single page of the key/value cache; set --cache-tokens")
     return min(pages, wanted) * settings.page_tokens

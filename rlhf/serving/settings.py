@@ -9,7 +9,7 @@ import ipaddress
 import socket
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Policy = Literal["fcfs", "priority", "shortest_first", "longest_first", "fair"]
@@ -41,11 +41,22 @@ class EngineSettings(BaseModel):
     """Numbers of the cache; auto = the model's."""
     weights: Literal["auto", "int8", "int4"] = "auto"
     """Weights of the layers that the engine runs from; auto = the model's."""
+    offload_layers: int = Field(default=0, ge=0)
+    """Layers whose weights stay in host memory and are copied to the GPU just before they run; for a model that does not fit."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Folders of LoRA adapters by the names under which clients call them; requests of several run in one batch."""
     draft_tokens: int = Field(default=8, ge=0)
     """Most tokens of an answer that are guessed, from the prompt and from what was written, and checked in one pass; no
     guess changes an answer. 0 = none."""
+
+    @model_validator(mode="after")
+    def _offloads_whole_weights(self) -> EngineSettings:
+        if self.offload_layers and self.weights != "auto":
+            raise ValueError(
+                f"--offload-layers {self.offload_layers} with --weights {self.weights}: rounded copies are made on the device and "
+                "stay there; leave one of them out"
+            )
+        return self
 
 
 class ServeSettings(BaseModel):

@@ -25,6 +25,7 @@ from rlhf.serving.text import SampleText
 _HELP = """\
 /reset         forget the conversation
 /system TEXT   begin again with this message of the system; without TEXT with none
+/adapter NAME  go on with this adapter; without NAME with the model itself
 /help          this
 /exit          the end; Ctrl-D too
 Ctrl-C stops an answer."""
@@ -47,6 +48,7 @@ class Conversation:
 
     def __init__(self, served: Served, system: str | None, wishes: dict[str, Any]) -> None:
         self._served, self._wishes, self._turn = served, wishes, 0
+        self._adapter = next(iter(served.engine.adapters), "")
         self._begin(system)
 
     def run(self) -> None:
@@ -78,9 +80,18 @@ class Conversation:
             self._begin(self._system)
         elif name == "/system":
             self._begin(rest.strip() or None)
+        elif name == "/adapter":
+            self._choose(rest.strip())
         else:
             print(_HELP if name == "/help" else f"{name} is no command\n{_HELP}")
         return True
+
+    def _choose(self, adapter: str) -> None:
+        known = self._served.engine.adapters
+        if adapter and adapter not in known:
+            print(f"there is no adapter {adapter}; there are: {', '.join(known) or 'none'}")
+            return
+        self._adapter = adapter
 
     def _say(self, line: str) -> None:
         messages = [*self._messages, Message(role="user", content=line)]
@@ -101,7 +112,7 @@ class Conversation:
         )
         self._turn += 1
         seed = None if body.seed is None else body.seed + self._turn - 1
-        return new_request(body, prompt, params, sample_seeds(seed, 1))
+        return new_request(body, prompt, params, sample_seeds(seed, 1), self._adapter)
 
     def _answer(self, request: Request) -> str:
         """Print it as it comes; Ctrl-C ends it where it is."""

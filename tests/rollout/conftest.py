@@ -66,3 +66,9 @@ def models():
 def fresh_model():
     """A prepared Qwen3 whose weights a test may change."""
     return build("qwen3")[0]
+
+
+@pytest.fixture
+def fresh():
+    """fresh(name): the same of any architecture."""
+    return lambda name: build(name)[0]

@@ -12,7 +12,8 @@ from rlhf.rollout.request import EngineConfig
 
 def work(number, *, priority=0, tenant="", expected=0.0):
     request = SimpleNamespace(priority=priority, tenant=tenant, id=str(number))
-    return SimpleNamespace(job=SimpleNamespace(number=number, request=request), expected_tokens=expected)
+    job = SimpleNamespace(number=number, request=request)
+    return SimpleNamespace(job=job, expected_tokens=expected, samples=np.arange(number + 1))
 
 
 def drained(queue):
@@ -84,7 +85,8 @@ def test_removal_keeps_the_others_in_order():
     queue.push_front(work(9))
     assert [w.job.number for w in queue.remove(4)] == [4]
     assert [w.job.number for w in queue.remove(9)] == [9]
-    assert queue.remove(4) == [] and drained(queue) == [5, 3, 2, 1, 0]
+    assert queue.num_samples == sum(len(w.samples) for w in queue) == 6 + 4 + 3 + 2 + 1
+    assert queue.remove(4) == [] and drained(queue) == [5, 3, 2, 1, 0] and queue.num_samples == 0
 
 
 def test_an_empty_queue():

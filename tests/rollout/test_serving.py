@@ -192,6 +192,27 @@ def test_a_turn_of_a_chat_finds_the_turns_before(models):
     assert out == make_engine(models("qwen3")[0], prefix_cache=False).generate([second])
 
 
+def test_what_was_cached_is_told_once(models):
+    """Would catch: hits of work that gave way and was prefilled again taken for the prompt's, and news that repeat them."""
+    engine = make_engine(models("qwen3")[0], cache_tokens=112, max_sequences=3)
+
+    def told(requests):
+        engine.add([dataclasses.replace(r, stream=True) for r in requests])
+        found = {r.id: [] for r in requests}
+        while engine.has_work:
+            for update in engine.step():
+                found[update.request_id] += [d.cached_tokens for d in update.deltas]
+        return found
+
+    requests = make_requests(5, n=4)  # more than run at once: what comes later finds the prompt
+    assert {n for counts in told(requests).values() for n in counts} == {0}
+    assert engine.counts["preempted"] > 0 and engine.counts["hit_tokens"] > 0
+    request = max(make_requests(n=1), key=lambda r: len(r.prompt_ids))
+    first, again = (told([dataclasses.replace(request, id=name)])[name] for name in "ab")
+    tokens = (len(request.prompt_ids) - 1) // 16 * 16
+    assert tokens and again[0] == tokens and not any(first[1:] + again[1:])
+
+
 def test_sleep_in_the_middle(models, expected):
     """Would catch: samples in work that go on from a cache that is gone."""
     engine = make_engine(models("qwen3")[0])

@@ -1,6 +1,6 @@
 """Many requests with aborts, preemptions and new weights among them: none is lost, answered twice, or keeps a page.
 
-RLHF_SOAK_REQUESTS=10000 asks for that many of each policy (about a minute each).
+RLHF_SOAK_REQUESTS=10000 asks for that many of each kind (some minutes each).
 """
 
 import os
@@ -38,24 +38,31 @@ def requests(count, choose):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "preemption"),
-    [("fcfs", "swap"), ("fair", "recompute"), ("priority", "swap"), ("longest_first", "recompute")],
+    ("architecture", "policy", "preemption"),
+    [
+        ("qwen3", "fcfs", "swap"),
+        ("qwen3", "fair", "recompute"),
+        ("qwen3", "priority", "swap"),
+        ("qwen3", "longest_first", "recompute"),
+        ("mistral", "fcfs", "swap"),
+    ],
 )
-def test_soak(fresh_model, policy, preemption):
+def test_soak(fresh, architecture, policy, preemption):
     """Would catch: what only happens when everything happens at once."""
-    choose = random.Random(0)
+    choose, model = random.Random(0), fresh(architecture)
     config = EngineConfig(
         page_tokens=16,
         max_batch_tokens=96,
         max_sequences=24,
         prefix_cache=True,
-        cache_tokens=400,
+        cache_tokens=400 if architecture == "qwen3" else 160,  # Mistral's window gives pages back
         policy=policy,
         preemption=preemption,
         cache_responses=policy == "fair",
     )
-    engine = Engine(fresh_model, config)
-    count = int(os.environ.get("RLHF_SOAK_REQUESTS", "1000"))
+    engine = Engine(model, config)
+    few = 1000 if architecture == "qwen3" else 300  # a small cache makes many passes
+    count = int(os.environ.get("RLHF_SOAK_REQUESTS", few))
     coming = list(requests(count, choose))[::-1]
     asked = {r.id: r for r in coming}
     answered, aborted, streamed, version = {}, {}, {}, 0
@@ -77,10 +84,11 @@ def test_soak(fresh_model, policy, preemption):
         if choose.random() < 0.01:
             version += 1
             with torch.no_grad():
-                fresh_model.get_input_embeddings().weight.mul_(choose.choice([0.9, 1.1]))
+                model.get_input_embeddings().weight.mul_(choose.choice([0.9, 1.1]))
             engine.set_version(version)
     assert set(answered) | set(aborted) == set(asked) and not set(answered) & set(aborted)
-    assert engine._scheduler.num_preempted > 3 and len(aborted) > 10 and version > 3
+    assert len(aborted) > 10 and version > 3
+    assert engine._scheduler.num_preempted > (3 if architecture == "qwen3" else 0)
     for name, completions in answered.items():
         request = asked[name]
         assert [c.index for c in completions] == list(range(len(request.seeds)))

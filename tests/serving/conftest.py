@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import openai
+import peft
 import pytest
 import torch
 import transformers
@@ -60,6 +61,23 @@ def folder(tokenizer, tmp_path_factory):
     )
     transformers.Qwen3ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(folder, tmp_path_factory):
+    """A LoRA adapter of the model as peft writes it, which changes its answers."""
+    path = tmp_path_factory.mktemp("adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    adapted.save_pretrained(path)
     return path
 
 

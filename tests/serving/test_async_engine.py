@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import random
+import threading
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -122,11 +123,17 @@ async def soak(running, expected, count, seed):
         assert engine.load.preempted > 0 and engine.load.version > 0
         assert sum(metrics.requests.values()) == count and sum(outcomes.values()) == count
         assert metrics.requests["finished"] >= outcomes["whole"] and not metrics.requests["failed"]
+        print(
+            f"{count} requests: {outcomes}, {dict(metrics.requests)}, {metrics.generated_tokens} tokens told,",
+            end=" ",
+        )
+        print(f"gave way {engine.load.preempted} times, {engine.load.version} versions of the weights")
 
 
 @pytest.mark.timeout(1800)
 def test_many_come_and_go(load):
-    """RLHF_SOAK_REQUESTS=10000 asks for that many (ten minutes). Catches: news lost or told twice, pages kept by those who have gone, results that depend on what happens around."""
+    """RLHF_SOAK_REQUESTS=10000 asks for that many (some minutes; -s shows what happened). Catches: news lost, told twice or in
+    another order, pages kept by those who have gone, results that depend on what happens around."""
     count = int(os.environ.get("RLHF_SOAK_REQUESTS", "200"))
     quiet = load(cache_tokens=1024).engine
     expected = quiet.generate([make_request(i, n=3) for i in range(100)])
@@ -168,6 +175,29 @@ def test_new_weights_between_two_steps(make):
                 await engine.update_weights(lambda: 1 / 0, 8)
             assert engine._engine.version == 8
             await listen(engine, make_request(1))
+
+    run(main())
+
+
+def test_a_change_that_nobody_waits_for(make):
+    """Catches: an engine's thread that ends because whoever wanted new weights, or a pause, was cancelled."""
+
+    async def main():
+        async with make() as engine:
+            at_work, go_on, ran = threading.Event(), threading.Event(), []
+            first = asyncio.create_task(engine.update_weights(lambda: (at_work.set(), go_on.wait(20)), 1))
+            await asyncio.to_thread(at_work.wait, 20)
+            waiting = [
+                asyncio.create_task(engine.update_weights(lambda: ran.append(1), 2)),
+                asyncio.create_task(engine.pause()),
+            ]
+            await asyncio.sleep(0.01)
+            for task in (first, *waiting):
+                task.cancel()
+            assert len(await asyncio.gather(first, *waiting, return_exceptions=True)) == 3
+            go_on.set()
+            await listen(engine, make_request(0))
+            assert engine.is_healthy and not engine.is_paused and not ran and engine.load.version == 1
 
     run(main())
 

@@ -71,6 +71,10 @@ def test_serve_until_sigterm(serving):
         (["FOLDER", "--max-sequences", "0"], "--max-sequences 0"),
         (["FOLDER", "--port", "99999"], "--port 99999"),
         (["FOLDER", "--adapter", "x"], "--adapter 'x' is no NAME=FOLDER"),
+        (
+            ["FOLDER", "--offload-layers", "4", "--weights", "int8"],
+            "--offload-layers 4 with --weights int8: rounded",
+        ),
         (["FOLDER", "--adapter", "x=no/such"], "there is no no/such/adapter_config.json"),
     ],
 )
@@ -79,6 +83,12 @@ def test_mistakes_are_told_before_a_model_loads(folder, args, message, monkeypat
     monkeypatch.setattr("rlhf.serving.model.load_served", lambda *a: pytest.fail("a model was loaded"))
     done = command("serve", *(folder if a == "FOLDER" else a for a in args))
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
+def test_layers_in_host_memory_beside_a_cpu_are_refused(folder):
+    """Catches: an option that costs copies and saves nothing."""
+    done = command("generate", folder, "--prompt", "x", "--device", "cpu", "--offload-layers", "3")
+    assert done.exit_code == 2 and "the weights are in host memory as it is; leave it out" in done.output
 
 
 def test_a_taken_port_is_told(folder):
@@ -112,6 +122,32 @@ def test_generate(folder, tmp_path):
     assert again.stdout == out.read_text()
     one = command("generate", folder, "--prompt", "a", "--max-tokens", 12, "--seed", 3, *SMALL)
     assert one.stdout == found[0]["responses"][0] + "\n"
+
+
+def test_generate_with_adapters(folder, adapter_folder, tmp_path):
+    """Catches: an adapter that no answer comes from, or all do, and one whose name nobody knows."""
+    file = tmp_path / "in.jsonl"
+
+    def written(rows, *args):
+        file.write_text("\n".join(map(json.dumps, rows)))
+        done = command(
+            "generate", folder, "--file", file, "--temperature", 0, "--max-tokens", 12, *args, *SMALL
+        )
+        return (
+            done.output
+            if done.exit_code
+            else [json.loads(row)["responses"] for row in done.stdout.splitlines()]
+        )
+
+    given = ["--adapter", f"tuned={adapter_folder}", "--adapter", f"twin={adapter_folder}"]
+    ((plain,),) = written([{"prompt": "ab"}])
+    tuned, none, twin = written(
+        [{"prompt": "ab"} | a for a in ({}, {"adapter": ""}, {"adapter": "twin"})], *given
+    )
+    assert none == [plain] != tuned == twin
+    message = "prompt 2: the adapter 'x' is not here (--adapter NAME=FOLDER); there are: "
+    rows = [{"prompt": "a"}, {"prompt": "a", "adapter": "x"}]
+    assert message + "tuned, twin" in written(rows, *given) and message + "none" in written(rows)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +197,19 @@ def test_chat(folder, monkeypatch):
         "more",
     )
     assert again == [("system", "be kind"), ("user", "again")]
+
+
+def test_chat_with_adapters(folder, adapter_folder, monkeypatch):
+    """Catches: an adapter that does not answer, or goes on to."""
+    asked, new_request = [], terminal.new_request
+    monkeypatch.setattr(terminal, "new_request", lambda *a: asked.append(a[-1]) or new_request(*a))
+    lines = ["hi", "/adapter twin", "hi", "/adapter x", "hi", "/adapter", "hi"]
+    given = ["--adapter", f"tuned={adapter_folder}", "--adapter", f"twin={adapter_folder}"]
+    done = chat(folder, monkeypatch, *lines, args=given)
+    assert done.exit_code == 0 and asked == ["tuned", "twin", "twin", ""]
+    assert "there is no adapter x; there are: tuned, twin" in done.output
+    asked.clear()
+    assert chat(folder, monkeypatch, "hi", "/exit").exit_code == 0 and asked == [""]
 
 
 def test_ctrl_c_stops_the_answer_alone(folder, monkeypatch):

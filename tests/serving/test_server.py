@@ -10,7 +10,6 @@ import time
 import httpx
 import openai
 import pytest
-import torch
 
 from rlhf.serving.settings import NotStarted, ServeSettings, is_loopback, listen
 
@@ -56,6 +55,26 @@ def test_a_completion_is_the_engines(client, server):
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30).choices[0].text for _ in "ab"
     ]
     assert free[0] != free[1]
+
+
+def test_tokens_that_were_in_the_cache(client):
+    """Catches: a prompt counted once for each sample, hits of what gave way counted, and none told by a stream."""
+    prompt = list(range(40, 110)), list(range(30, 70))
+    wishes = dict(model="tiny", max_tokens=4)
+    first = client.completions.create(prompt=list(prompt), n=3, **wishes).usage
+    assert first.prompt_tokens_details.cached_tokens == 0 and first.prompt_tokens == 110
+    later = client.completions.create(prompt=[*prompt, [1, 2, 3]], n=2, **wishes).usage
+    assert later.prompt_tokens_details.cached_tokens == 64 + 32
+    *_, last = client.completions.create(
+        prompt=prompt[0] + [1], stream=True, stream_options={"include_usage": True}, **wishes
+    )
+    assert last.usage.prompt_tokens_details.cached_tokens == 64
+    chat = dict(model="tiny", messages=[{"role": "user", "content": "again and again"}], max_tokens=3)
+    counts = [client.chat.completions.create(**chat).usage for _ in "ab"]
+    assert [u.prompt_tokens_details.cached_tokens for u in counts] == [
+        0,
+        (counts[0].prompt_tokens - 1) // 16 * 16,
+    ]
 
 
 def test_several_prompts(client):
@@ -234,19 +253,37 @@ def test_a_forced_call(client):
         assert arguments["city"] in ("Oslo", "Zürich") and 1 <= arguments["days"] <= 9
         assert whole.finish_reason == "tool_calls" and whole.message.content is None and call.id
         chunks = [c.choices[0] for c in client.chat.completions.create(stream=True, **wishes)]
-        (streamed,) = [call for c in chunks for call in c.delta.tool_calls or ()]
-        assert (streamed.index, streamed.function) == (
-            0,
-            type(streamed.function)(**call.function.model_dump()),
-        )
+        first, *others = [call for c in chunks for call in c.delta.tool_calls or ()]
+        assert first.function.name == "weather" and first.id and first.type == "function"
+        assert len(others) > 5 and all((c.index, c.id, c.function.name) == (0, None, None) for c in others)
+        assert "".join(c.function.arguments for c in [first, *others]) == call.function.arguments
         assert not any(c.delta.content for c in chunks) and chunks[-1].finish_reason == "tool_calls"
     for seed in range(2):
         wishes = ASK | dict(tool_choice="required", seed=seed, parallel_tool_calls=False)
         (whole,) = client.chat.completions.create(**wishes).choices
-        if whole.finish_reason == "tool_calls":  # it may not have ended in time
-            assert whole.message.tool_calls[0].function.name in ("weather", "stop")
-        else:
-            assert whole.message.content.startswith('<tool_call>\n{"name": "')
+        (call,) = whole.message.tool_calls
+        assert call.function.name in ("weather", "stop") and whole.message.content is None
+        assert whole.finish_reason in ("tool_calls", "length")  # it may not have ended in time
+
+
+def test_a_streamed_call_as_the_client_puts_it_together(client):
+    """Catches: deltas that OpenAI's own accumulator joins to something else, such as a name that comes twice."""
+    strict = [{**t, "function": {**t["function"], "strict": True, "parameters": WEATHER}} for t in TOOLS[:1]]
+    call = r'<tool_call>\{"name": "weather", "arguments": \{"city": "Oslo", "days": [1-9]\}\}</tool_call>'
+    forced = ASK | dict(tools=strict, tool_choice="required", seed=3, parallel_tool_calls=False)
+    two = ASK | dict(tools=strict, max_tokens=300, extra_body={"guided_regex": rf"first {call}\n{call}"})
+    for count, wishes in ((1, forced), (2, two | dict(seed=3))):
+        whole = client.chat.completions.create(**wishes).choices[0].message
+        with client.chat.completions.stream(**wishes) as stream:
+            events = list(stream)
+            (message,) = [choice.message for choice in stream.get_final_completion().choices]
+        assert (message.content or None) == whole.content == (None if count == 1 else "first")
+        functions = [c.function for c in message.tool_calls]
+        assert [f.name for f in functions] == ["weather"] * count
+        assert [f.arguments for f in functions] == [c.function.arguments for c in whole.tool_calls]
+        told = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+        done = [e for e in events if e.type == "tool_calls.function.arguments.done"]
+        assert len(told) > 5 and len(done) == count
 
 
 def test_calls_that_the_model_chooses(client):
@@ -537,22 +574,9 @@ def test_the_end_of_the_server(start):
         assert whole or "shutting down" in str(found[0])
 
 
-def test_adapters_are_models_of_their_own(start, folder, tmp_path):
+def test_adapters_are_models_of_their_own(start, adapter_folder):
     """Catches: an adapter that is not asked for, another's, and one whose name is unknown to /v1/models or in the answer."""
-    import peft
-    import transformers
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    adapted = peft.get_peft_model(
-        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    )
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.3)
-    adapted.save_pretrained(tmp_path)
-    client = start({"adapters": {"tuned": str(tmp_path)}}).client()
+    client = start({"adapters": {"tuned": str(adapter_folder)}}).client()
     assert [m.id for m in client.models.list().data] == ["tiny", "tuned"]
     assert client.models.retrieve("tuned").parent == "tiny"
     wishes = dict(prompt="ab", max_tokens=8, temperature=0)

@@ -140,31 +140,57 @@ def test_what_ends_a_sample_is_not_shown(tokenizer):
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "<é>"}}\n</tool_call>'
 
 
+def parsed(text, size):
+    """(content, calls as [name, arguments]) of a text that comes in pieces of some size."""
+    parser, said, calls = ToolParser(["f"]), "", []
+    for at in range(0, len(text) + size, size):
+        news = parser.push(text[at : at + size], is_over=at >= len(text))
+        said += news.content
+        for call in news.calls:
+            if call.name is not None:
+                calls.append([call.name, ""])
+            assert call.number == len(calls) - 1
+            calls[-1][1] += call.arguments
+    return said, calls
+
+
+F = ["f", '{"a": "<é>"}']
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
         ("hello  there\n", "hello  there\n", []),
-        (CALL, "", ["f"]),
-        (f"let me\n{CALL}\n{CALL}\n", "let me", ["f", "f"]),
-        (f"{CALL}\n and\n then ", "and\n then", ["f"]),
+        (CALL, "", [F]),
+        (f"let me\n{CALL}\n{CALL}\n", "let me", [F, F]),
+        (f"{CALL}\n and\n then ", "and\n then", [F]),
         ("<tool_call>no json</tool_call> x", "<tool_call>no json</tool_call> x", []),
         ('a <tool_call>{"name": "g"}</tool_call>', 'a <tool_call>{"name": "g"}</tool_call>', []),
         ('<tool_call>{"name": "f", ', '<tool_call>{"name": "f", ', []),
         ("a <tool", "a <tool", []),
+        ('<tool_call>{"name": "f"}</tool_call>', "", [["f", "{}"]]),
+        ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", [["f", '{"a": 1}']]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [["f", '{"a": 1}']]),
+        ('<tool_call>{"name": "f", "arguments": {"a": "</tool_call>}\\""}}</tool_call>.', ".", [["f", '{"a": "</tool_call>}\\""}']]),
+        ('<tool_call>{"name": "f", "arguments": {"a": [{"b": {}}], "c', "", [["f", '{"a": [{"b": {}}], "c']]),
+        ('<tool_call>{"name": "f", "arguments": {"a": </tool_call> x', "x", [["f", '{"a": ']]),
+        ('<tool_call>{"name": "f", "arguments": {}} and so on', "and so on", [["f", "{}"]]),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool', "", [["f", "{}"]]),
+        ('<tool_call>{"name": "g", "arguments": {}}</tool_call>', '<tool_call>{"name": "g", "arguments": {}}</tool_call>', []),
     ],
-)
+)  # fmt: skip
 def test_calls_of_tools(size, text, content, calls):
-    """Catches: calls shown as text, text lost, and calls of tools that are not there."""
-    parser, said, found = ToolParser(["f"]), "", []
-    for at in range(0, len(text), size):
-        news = parser.push(text[at : at + size], is_over=False)
-        said, found = said + news.content, found + news.calls
-        assert "<tool_call>" not in said or not calls
-    news = parser.push("", is_over=True)
-    assert said + news.content == content
-    assert [c.name for c in found + news.calls] == calls
-    assert all(c.arguments == '{"a": "<é>"}' for c in found)
+    """Catches: calls shown as text, text lost, calls of tools that are not there, and calls that depend on how the text came."""
+    assert parsed(text, size) == (content, calls)
+
+
+def test_a_call_is_told_as_it_is_written():
+    """Catches: arguments held back until the call is complete."""
+    parser = ToolParser(["f"])
+    news = [call for c in CALL for call in parser.push(c, is_over=False).calls]
+    assert [c.name for c in news] == ["f"] + [None] * (len(news) - 1)
+    assert [c.arguments for c in news] == list(F[1])
 
 
 def test_nothing_reaches_the_terminal_as_a_code():
