@@ -241,7 +241,6 @@ def training_attention(lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str
 
 def layers(seconds: float, top: Limits) -> Iterator[Line]:
     """Steps in which so many sequences of 256 tokens go on by one, in one call and layer by layer from Python."""
-    context, page = 256, 64
     for (name, dtype), (shape, (hidden, count, heads, kv_heads, dim, inner)) in itertools.product(
         DTYPES.items(), MODELS.items()
     ):
@@ -255,22 +254,28 @@ def layers(seconds: float, top: Limits) -> Iterator[Line]:
         forward = StepForward(load_model(recipe, tokenizer, seed=0, trainable=False))
         in_one_call = forward._decoder.native
         for rows in (1, 8, 32):
-            pages = [
-                torch.zeros(rows * context // page, kv_heads, page, dim, dtype=dtype)
-                for _ in range(2 * count)
-            ]
-            table = np.arange(len(pages[0])).reshape(rows, -1)
-            slots = torch.from_numpy(table[:, -1] * page + page - 1)
-            ids, positions = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), context - 1)
-            lens, starts = np.full(rows, context), np.arange(rows + 1)
+            step = decoding(forward, rows, count, kv_heads, dim, dtype)
+            runs = {"ours": lambda s=step: s(in_one_call), "layer by layer": lambda s=step: s(None)}
+            yield line("a decoding step", shape, name, rows, medians(runs, seconds), "layer by layer")
 
-            def step(at_once: bool, ids=ids, positions=positions, slots=slots, table=table, lens=lens, starts=starts, pages=pages) -> torch.Tensor:  # fmt: skip
-                given = PagedContext(pages[:count], pages[count:], slots, table, lens, starts)
-                forward._decoder.native = in_one_call if at_once else None
-                return forward(ids, positions, given)
 
-            us = medians({"ours": lambda: step(True), "layer by layer": lambda: step(False)}, seconds)
-            yield line("a decoding step", shape, name, rows, us, "layer by layer")
+def decoding(
+    forward: StepForward, rows: int, count: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> Callable[[object], torch.Tensor]:
+    """A step, given what runs the layers in one call or None."""
+    context, page = 256, 64
+    shape = (rows * context // page, kv_heads, page, dim)
+    k, v = ([torch.zeros(shape, dtype=dtype) for _ in range(count)] for _ in "kv")
+    table = np.arange(shape[0]).reshape(rows, -1)
+    slots = torch.from_numpy(table[:, -1] * page + page - 1)
+    ids, positions = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), context - 1)
+
+    def step(in_one_call: object) -> torch.Tensor:
+        forward._decoder.native = in_one_call
+        starts = np.arange(rows + 1)
+        return forward(ids, positions, PagedContext(k, v, slots, table, np.full(rows, context), starts))
+
+    return step
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ def check_slots(slots: torch.Tensor, pages: torch.Tensor) -> None:
 
 def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
     """(N*Hkv,) rows of pages seen as (P*Hkv*page, D) for slots (N,): the same in every layer."""
-    if slots.device.type == "cpu" and type(slots) in native.PLAIN:  # numpy takes a fifth of torch's time for few
+    if (
+        slots.device.type == "cpu" and type(slots) in native.PLAIN
+    ):  # numpy takes a fifth of torch's time for few
         page, place = np.divmod(slots.numpy(), page_tokens)
         heads = np.arange(num_kv_heads) * page_tokens
         return torch.from_numpy(((page * (num_kv_heads * page_tokens) + place)[:, None] + heads).ravel())
