@@ -13,6 +13,7 @@ Prints tables; writes files only with --out.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -255,7 +256,10 @@ def layers(seconds: float, top: Limits) -> Iterator[Line]:
         in_one_call = forward._decoder.native
         for rows in (1, 8, 32):
             step = decoding(forward, rows, count, kv_heads, dim, dtype)
-            runs = {"ours": lambda s=step: s(in_one_call), "layer by layer": lambda s=step: s(None)}
+            runs = {
+                "ours": functools.partial(step, in_one_call),
+                "layer by layer": functools.partial(step, None),
+            }
             yield line("a decoding step", shape, name, rows, medians(runs, seconds), "layer by layer")
 
 
