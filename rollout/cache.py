@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -160,10 +160,13 @@ class KVPages:
         return len(self.k[0])
 
     @property
-    def page_bytes(self) -> int:
+    def token_bytes(self) -> int:
         scale = torch.float32.itemsize if self.is_quantised else 0
-        of_token = sum(heads * (size * self.dtype.itemsize + scale) for heads, size in self.shapes)
-        return 2 * self.page_tokens * of_token
+        return 2 * sum(heads * (size * self.dtype.itemsize + scale) for heads, size in self.shapes)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_tokens * self.token_bytes
 
     def grow(self, num_pages: int) -> None:
         """Make room for `num_pages`, keeping what is there."""
@@ -201,6 +204,41 @@ class KVPages:
         rows = torch.as_tensor(pages, device=self.device)
         for tensor, contents in zip(self._all(), saved, strict=True):
             tensor[rows] = contents.to(self.device)
+
+    def read(self, pages: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """(num_tokens * token_bytes,) uint8 in host memory: what pages hold at their first positions, the same whatever
+        page_tokens is. What `write` takes."""
+        flat = torch.empty(num_tokens * self.token_bytes, dtype=torch.uint8)
+        full, rest = divmod(num_tokens, self.page_tokens)
+        rows = torch.as_tensor(pages[: full + (rest > 0)], dtype=torch.int64, device=self.device)
+        for tensor, part in self._with_parts(flat, num_tokens):
+            held = tensor[rows].cpu()
+            if full:
+                body = part[:, : num_tokens - rest].unflatten(1, (full, self.page_tokens))
+                body.copy_(held[:full].transpose(0, 1))
+            if rest:
+                part[:, num_tokens - rest :] = held[full, :, :rest]
+        return flat
+
+    def write(self, flat: torch.Tensor, num_tokens: int, pages: Sequence[int], start: int) -> None:
+        """Put what `read` gave of num_tokens positions into pages, from position `start`, a multiple of page_tokens, on."""
+        full, rest = divmod(num_tokens - start, self.page_tokens)
+        rows = torch.as_tensor(pages[:full], dtype=torch.int64, device=self.device)
+        for tensor, part in self._with_parts(flat, num_tokens):
+            if full:
+                body = part[:, start : num_tokens - rest].unflatten(1, (full, self.page_tokens))
+                tensor[rows] = body.transpose(0, 1).to(self.device)
+            if rest:
+                tensor[pages[full], :, :rest] = part[:, num_tokens - rest :].to(self.device)
+
+    def _with_parts(self, flat: torch.Tensor, num_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every tensor with its part (heads, num_tokens, ...) of flat bytes; scales first, for their address."""
+        start = 0
+        for tensor in reversed(self._all()):
+            shape = (tensor.shape[1], num_tokens, *tensor.shape[3:])
+            end = start + math.prod(shape) * tensor.element_size()
+            yield tensor, flat[start:end].view(tensor.dtype).view(shape)
+            start = end
 
     def _all(self) -> list[torch.Tensor]:
         """Every tensor; numbers of one byte as bytes."""

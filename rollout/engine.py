@@ -2,8 +2,8 @@
 
 It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in,
 tokens out, ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed,
-and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go. Not here: text,
-rewards, other processes.
+and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go; `prefill` for
+prompts that another engine goes on with. Not here: text, rewards, other processes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ from rlhf.models.linear import weights_changed
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
+from rlhf.rollout.handover import (
+    PageKind,
+    PagesError,
+    PromptPages,
+    adapter_checksum,
+    check_pages,
+    prompt_pages,
+    without_last_token,
+)
 from rlhf.rollout.lengths import Lengths
 from rlhf.rollout.prompt_scores import PromptScores
 from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import KV_DTYPES, WEIGHT_BITS, Completion, Delta, EngineConfig, Request, Update
 from rlhf.rollout.runner import Runner
 from rlhf.rollout.samples import RUNNING, Job, Samples, draw_parameters
-from rlhf.rollout.scheduler import Scheduler, Step
+from rlhf.rollout.scheduler import Prefill, Scheduler, Step
 from rlhf.rollout.special import SpecialRows
 
 
@@ -68,6 +77,9 @@ class Engine:
         self._jobs: dict[str, Job] = {}  # in work
         self._adapters: dict[str, int] = {}  # numbers, which the runner knows; one is never used again
         self._adapter_numbers = itertools.count(1)
+        self._adapter_checksums = {0: 0}  # by number
+        self._leaving: dict[str, Request] = {}  # of `prefill`, by id
+        self._left: dict[str, PromptPages] = {}
         self._generating = self._was_training = False
         self._begin_anew()
 
@@ -77,6 +89,7 @@ class Engine:
         self,
         requests: Sequence[Request],
         *,
+        pages: Sequence[PromptPages | None] | None = None,
         enough: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
@@ -84,8 +97,10 @@ class Engine:
 
         With `enough`, it ends when that many requests are finished; samples of the others come as far as they got,
         "aborted", and go on where `Request.begun` is given to a later call. `on_progress(finished, total)` is called
-        whenever samples finish. Raises ValueError, before any work, for duplicate ids, a prompt that fills the context or
-        holds unknown token ids, and a cache too small for a request; RuntimeError while requests that were added are in work.
+        whenever samples finish. `pages`, one or None for each request, are what another engine's `prefill` made of their
+        prompts. Raises ValueError, before any work, for duplicate ids, a prompt that fills the context or holds unknown token
+        ids, and a cache too small for a request; PagesError for pages that are of something else; RuntimeError while requests
+        that were added are in work.
         """
         if self._jobs:
             raise RuntimeError(
@@ -94,14 +109,14 @@ class Engine:
         self._begin_anew()
         self._generating = True
         try:
-            jobs = self._take_in(requests)
+            jobs = self._take_in(requests, pages)
             found = self._to_the_end(jobs, len(jobs) if enough is None else enough, on_progress)
         except BaseException:
             self._give_up()
             raise
         finally:
             self._generating = False
-        self._measure()
+        self.measure()
         return [list(found[request.id]) for request in requests]
 
     def _to_the_end(
@@ -150,6 +165,11 @@ class Engine:
         return self._pool.num_pages
 
     @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        return self._pages.token_bytes
+
+    @property
     def counts(self) -> dict[str, int]:
         """Since the start, the last `generate` or the last failure: tokens brought into the cache, those of them that were
         found there, how often work gave way, tokens that were guessed, and those of them that stood."""
@@ -162,10 +182,15 @@ class Engine:
             "accepted": self._drafts.num_accepted,
         }
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Let requests wait for their turn, beside those in work. Raises ValueError as `generate` does; then none of
-        them is taken."""
-        self._take_in(requests)
+    def add(self, requests: Sequence[Request], *, pages: Sequence[PromptPages | None] | None = None) -> None:
+        """Let requests wait for their turn, beside those in work. `pages` as `generate` takes them. Raises ValueError as that
+        does; then none of them is taken."""
+        self._take_in(requests, pages)
+
+    def reserve(self, requests: Sequence[Request]) -> None:
+        """Make the cache large enough for requests that will come beside those in work, as far as memory allows, so that it
+        does not grow with each of them. Raises ValueError for one that it could never hold."""
+        self._reserve(requests)
 
     def step(self) -> list[Update]:
         """One forward pass, and what came of it; nothing where there is no work."""
@@ -185,6 +210,82 @@ class Engine:
         self._done_at_once = [done for done in self._done_at_once if done is not job]
         self._scheduler.remove(job)
         return list(self._take_out(job))
+
+    def count_anew(self) -> None:
+        """`counts`, and the `stats` that `measure` brings up to date, begin at 0. Raises RuntimeError while there is work."""
+        if self._jobs:
+            raise RuntimeError(
+                f"count_anew with {len(self._jobs)} requests in work; finish or abort them first"
+            )
+        self._begin_anew()
+
+    def measure(self) -> None:
+        """Bring `stats` up to date, as `generate` does at its end."""
+        scheduler = self._scheduler
+        self.stats = {
+            "cache/hit_frac": scheduler.hit_tokens / max(scheduler.prefill_tokens, 1),
+            "cache/used_frac": self._pool.peak_in_use / max(self._pool.num_pages, 1),
+            "rollout/prefill_tokens": scheduler.prefill_tokens,
+            "rollout/handed_tokens": scheduler.handed_tokens,
+            "rollout/preempted": scheduler.num_preempted,
+            "rollout/forward_passes": self._num_steps,
+            "rollout/drafted_tokens": self._drafts.num_drafted,
+            "rollout/accepted_tokens": self._drafts.num_accepted,
+        }
+
+    # prompts that another engine goes on with
+
+    def prefill(self, requests: Sequence[Request]) -> list[PromptPages]:
+        """Run the requests' prompts, all tokens but the last of each, for another engine to go on from: what its `generate`
+        and `add` take as `pages`. Log-probs of prompts come with them where they were asked for. What is found in the prefix
+        cache is not run again. Raises ValueError as `generate` does, RuntimeError while there is work."""
+        if self._jobs:
+            raise RuntimeError(f"prefill with {len(self._jobs)} requests in work; finish or abort them first")
+        self._check(requests)
+        self._leaving = {request.id: request for request in requests}
+        try:
+            self.add([without_last_token(r) for r in requests if len(r.prompt_ids) > 1])
+            while self._jobs:
+                self.step()
+            return [self._left[r.id] if r.id in self._left else self._pages_of(r, []) for r in requests]
+        finally:
+            self._leaving, self._left = {}, {}
+
+    def _hand_over(self, completed: Sequence[Prefill]) -> None:
+        """Take what is to leave out of the cache, before its pages are given back."""
+        for work in completed:
+            request = self._leaving.get(work.job.request.id)
+            if request is not None:
+                self._left[request.id] = self._pages_of(request, work.pages, work.job.scores)
+
+    def _pages_of(
+        self, request: Request, pages: Sequence[int], scores: PromptScores | None = None
+    ) -> PromptPages:
+        scores = scores or self._prompt_scores(request)
+        data = self._pages.read(pages, len(request.prompt_ids) - 1)
+        kind = self._page_kind(request.adapter)
+        return prompt_pages(request, kind, data, None if scores is None else scores.result())
+
+    def _page_kind(self, adapter: str) -> PageKind:
+        number = self._adapters[adapter] if adapter else 0
+        if number not in self._adapter_checksums:
+            self._adapter_checksums[number] = adapter_checksum(self._runner.adapters[number])
+        weights, pages = self.config.weights, self._pages
+        checksum = self._adapter_checksums[number]
+        return PageKind(self.version, pages.shapes, pages.dtype, weights, adapter, checksum)
+
+    def _check_pages(self, requests: Sequence[Request], pages: Sequence[PromptPages | None]) -> None:
+        if len(pages) != len(requests):
+            raise PagesError(
+                f"pages for {len(pages)} requests, there are {len(requests)}; give one, or None, for each"
+            )
+        kinds: dict[str, PageKind] = {}
+        for request, own in zip(requests, pages):
+            if own is None:
+                continue
+            if request.adapter not in kinds:
+                kinds[request.adapter] = self._page_kind(request.adapter)
+            check_pages(request, own, kinds[request.adapter])
 
     # adapters
 
@@ -257,23 +358,29 @@ class Engine:
 
     # the loop
 
-    def _take_in(self, requests: Sequence[Request]) -> list[Job]:
+    def _take_in(
+        self, requests: Sequence[Request], pages: Sequence[PromptPages | None] | None = None
+    ) -> list[Job]:
         self._check(requests)
+        handed = [None] * len(requests) if pages is None else pages
+        self._check_pages(requests, handed)
         self._reserve(requests)
         if not self._jobs:
             self._was_training = self.model.training
             self.model.eval()
             self._runner.refresh()
         jobs = self._samples.add(requests)
-        for job in jobs:
+        for job, own in zip(jobs, handed, strict=True):
             self._jobs[job.request.id] = job
             self._special.add(job)
-            job.scores = self._prompt_scores(job)
+            job.scores = self._prompt_scores(self._leaving.get(job.request.id, job.request))
             job.adapter = self._adapters[job.request.adapter] if job.request.adapter else 0
             limit = int(self._samples.limit[job.rows[0]])
-            self._scheduler.add(job, self._lengths.expected(job.prompt, limit))
+            self._scheduler.add(job, self._lengths.expected(job.prompt, limit), own)
             if self._samples.is_done(job):  # it had been begun, and nothing was left to do
                 self._done_at_once.append(job)
+            elif job.scores is not None and own is not None and own.scores is not None:
+                job.scores.take(own.scores)
         return jobs
 
     def _step(self) -> list[Update]:
@@ -287,6 +394,8 @@ class Engine:
             logits = self._runner.run(step, self._samples)
             self._score(step, logits[step.num_logits :])
             self._draw(step, logits)
+        if self._leaving:
+            self._hand_over(step.completed)
         copies = self._scheduler.commit(step)
         self._pages.copy(copies.sources, copies.targets, copies.num_tokens)
         self._num_steps += 1
@@ -308,12 +417,12 @@ class Engine:
         )
         return True
 
-    def _prompt_scores(self, job: Job) -> PromptScores | None:
-        params = job.request.params
+    def _prompt_scores(self, request: Request) -> PromptScores | None:
+        params = request.params
         if params.prompt_logprobs is None:
             return None
-        at = params.temperature or 1.0
-        return PromptScores(job.prompt, num_top=params.prompt_logprobs, temperature=at, vocab=self._vocab)
+        prompt, at = np.asarray(request.prompt_ids, np.int64), params.temperature or 1.0
+        return PromptScores(prompt, num_top=params.prompt_logprobs, temperature=at, vocab=self._vocab)
 
     def _score(self, step: Step, logits: torch.Tensor) -> None:
         """Note what the pass says of prompts whose log-probs were asked for."""
@@ -409,8 +518,9 @@ class Engine:
         return news
 
     def _finished(self, job: Job, deltas: tuple[Delta, ...] = ()) -> Update:
-        self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
-        self._drafts.finished(job)
+        if job.request.id not in self._leaving:
+            self._lengths.observe(job.prompt, self._samples.count[job.rows].tolist())
+            self._drafts.finished(job)
         return Update(job.request.id, deltas, self._take_out(job))
 
     def _take_out(self, job: Job) -> tuple[Completion, ...]:
@@ -521,18 +631,6 @@ class Engine:
         self._drop_cache()
         self._begin_anew()
         self.model.train(self._was_training)
-
-    def _measure(self) -> None:
-        scheduler = self._scheduler
-        self.stats = {
-            "cache/hit_frac": scheduler.hit_tokens / max(scheduler.prefill_tokens, 1),
-            "cache/used_frac": self._pool.peak_in_use / max(self._pool.num_pages, 1),
-            "rollout/prefill_tokens": scheduler.prefill_tokens,
-            "rollout/preempted": scheduler.num_preempted,
-            "rollout/forward_passes": self._num_steps,
-            "rollout/drafted_tokens": self._drafts.num_drafted,
-            "rollout/accepted_tokens": self._drafts.num_accepted,
-        }
 
 
 def _columns(drawn: Sampled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

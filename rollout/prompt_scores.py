@@ -48,6 +48,15 @@ class PromptScores:
                 self._top[start + i] = TopLogprobs(tuple(ids), tuple(values), (), ())
         self._is_known[span] = True
 
+    def take(self, known: PromptLogprobs) -> None:
+        """What another engine found."""
+        self._logprobs[:] = known.logprobs
+        self._top[: len(known.top_logprobs)] = known.top_logprobs
+        self._is_known[:] = True
+
+    def forget(self) -> None:
+        self._is_known[:] = False
+
     def result(self) -> PromptLogprobs:
         top = tuple(entry for entry in self._top if entry is not None)
         return PromptLogprobs(tuple(self._logprobs.tolist()), top)

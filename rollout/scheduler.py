@@ -10,8 +10,8 @@ here: tensors (`rlhf.rollout.runner`), who comes first (`rlhf.rollout.policies`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,15 +22,22 @@ from rlhf.rollout.reach import Reach
 from rlhf.rollout.request import EngineConfig
 from rlhf.rollout.samples import ABORTED, RUNNING, Job, Samples
 
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf.rollout.handover import PromptPages
+
 _MOST_PUT_OFF = 64  # waiting prefills that a pass looks past because another makes their prefix
 
 
 class PutBy(Protocol):
-    """What keeps the contents of pages elsewhere: `rlhf.rollout.cache.KVPages`."""
+    """What holds the contents of pages, and keeps them elsewhere: `rlhf.rollout.cache.KVPages`."""
 
     def save(self, pages: list[int]) -> Any: ...
 
     def load(self, saved: Any, pages: list[int]) -> None: ...
+
+    def write(self, flat: torch.Tensor, num_tokens: int, pages: list[int], start: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -48,6 +55,7 @@ class Prefill:
     done: int = 0  # tokens in the cache already
     saved: Any = None  # what one sample's pages held when it gave way, and how many there were
     num_saved: int = 0
+    handed: PromptPages | None = None  # what another engine prefilled of its tokens
 
     @property
     def held(self) -> list[int]:
@@ -131,7 +139,7 @@ class Scheduler:
     ):
         self.samples, self.pool, self.config, self.version = samples, pool, config, version
         self.num_preempted = self.num_swapped = 0
-        self.hit_tokens = self.prefill_tokens = 0
+        self.hit_tokens = self.prefill_tokens = self.handed_tokens = 0
         self._put_by, self._drafts = put_by, drafts
         self._reach = reach or Reach(None, config.page_tokens)
         self._pages_saved = 0
@@ -152,16 +160,17 @@ class Scheduler:
     def num_waiting(self) -> int:
         return self._waiting.num_samples
 
-    def add(self, job: Job, expected_tokens: float = 0.0) -> None:
-        """Let a request wait for its turn. Samples that were begun before go on each by itself."""
+    def add(self, job: Job, expected_tokens: float = 0.0, handed: PromptPages | None = None) -> None:
+        """Let a request wait for its turn. Samples that were begun before go on each by itself. `handed` is what another
+        engine of the same weights prefilled of its prompt."""
         samples = self.samples
         running = job.rows[samples.finished[job.rows] == RUNNING]
         fresh = running[samples.count[running] == 0]
         if len(fresh):
-            self._waiting.push(Prefill(job, fresh, job.prompt, expected_tokens))
+            self._waiting.push(Prefill(job, fresh, job.prompt, expected_tokens, handed=handed))
         for row in running[samples.count[running] > 0]:
             text = samples.token_ids(row)
-            self._waiting.push(Prefill(job, np.asarray([row]), text, expected_tokens))
+            self._waiting.push(Prefill(job, np.asarray([row]), text, expected_tokens, handed=handed))
 
     def remove(self, job: Job) -> None:
         """Take a request out of work; its unfinished samples are aborted."""
@@ -190,6 +199,7 @@ class Scheduler:
         self._prefilling = []
         for work in self._waiting:
             self._forget_saved(work)
+            self._forget_handed(work)
 
     def schedule(self) -> Step:
         """Choose the next forward pass: every decoding sample, prefill chunks up to the token budget, and guesses where
@@ -326,9 +336,7 @@ class Scheduler:
                 break
             if fitting < len(prefill.samples):
                 rest = prefill.samples[fitting:]
-                self._waiting.push_front(
-                    Prefill(prefill.job, rest, prefill.token_ids, prefill.expected_tokens)
-                )
+                self._waiting.push_front(replace(prefill, samples=rest))
                 prefill.samples = prefill.samples[:fitting]
             prefill.pages, prefill.first_page = hits + self.pool.take(need), first
             prefill.done = len(hits) * self.config.page_tokens
@@ -336,8 +344,9 @@ class Scheduler:
             if prefill.job.cached_tokens is None:
                 prefill.job.cached_tokens = min(prefill.done, len(prefill.job.prompt))
             self.prefill_tokens += len(prefill.token_ids)
+            self._put_handed(prefill)
             self._prefilling.append(prefill)
-            coming.update(self._digests(prefill)[len(hits) :])
+            coming.update(self._digests(prefill)[prefill.done // self.config.page_tokens :])
             budget -= len(prefill.token_ids) - prefill.done
             running += len(prefill.samples)
         for prefill in reversed(put_off):
@@ -435,6 +444,27 @@ class Scheduler:
         samples.num_pages[sample], samples.first_page[sample] = end, first
         self._decoding = np.append(self._decoding, sample)
         return True
+
+    def _put_handed(self, prefill: Prefill) -> None:
+        """Fill the pages of a prefill that were not found with what was handed over, to be found by others from now on."""
+        handed, page_tokens = prefill.handed, self.config.page_tokens
+        if handed is None or handed.num_tokens <= prefill.done:
+            return
+        assert self._put_by is not None, "pages were handed over without a place for them"
+        first, full, end = prefill.done // page_tokens, handed.num_tokens // page_tokens, handed.num_tokens
+        self._put_by.write(handed.data, end, prefill.pages[first : -(-end // page_tokens)], prefill.done)
+        if self.config.prefix_cache:
+            self.pool.remember(prefill.pages[first:full], self._digests(prefill)[first:full])
+        self.prefill_tokens -= end - prefill.done
+        self.handed_tokens += end - prefill.done
+        prefill.done = end
+
+    def _forget_handed(self, prefill: Prefill) -> None:
+        """What other weights made is made again, the log-probs of a prompt that no sample has begun from too."""
+        job = prefill.job
+        if prefill.handed is not None and job.scores is not None and not self.samples.count[job.rows].any():
+            job.scores.forget()
+        prefill.handed = None
 
     def _forget_saved(self, prefill: Prefill) -> None:
         self._pages_saved -= prefill.num_saved

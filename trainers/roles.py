@@ -17,8 +17,9 @@ import torch
 from rlhf import rng
 from rlhf.batching import plan_groups, plan_micro_batches
 from rlhf.records import Batch, Prompt, Rollout, RolloutGroup
-from rlhf.rollout import Request, SamplingParams
+from rlhf.rollout import Completion, Request, SamplingParams
 from rlhf.trainers.deepspeed_engine import UpdateStats
+from rlhf.trainers.handover import Apart, generate_apart
 
 
 class Clock:
@@ -47,6 +48,7 @@ class Clock:
 
 # What runs the prompt of neighbouring rows once (`rlhf.batching.pack`).
 _SUMMED = (
+    "rollout/handed_tokens",
     "rollout/preempted",
     "rollout/forward_passes",
     "rollout/drafted_tokens",
@@ -242,12 +244,19 @@ class Teacher:
 
 
 class Sampler:
-    """The rollout engines, one in each process of their group."""
+    """The rollout engines, one in each process of their group. With `apart` some of them prefill for the others."""
 
     def __init__(
-        self, group: Any, clock: Clock, *, seed: int, decode: Callable[[Sequence[int]], str]
+        self,
+        group: Any,
+        clock: Clock,
+        *,
+        seed: int,
+        decode: Callable[[Sequence[int]], str],
+        apart: Apart | None = None,
     ) -> None:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
+        self._apart = apart
         self._engine_stats: list[Mapping[str, float]] = []  # of every call and engine since `take_stats`
 
     def generate(
@@ -275,15 +284,21 @@ class Sampler:
             )
             for i, prompt in enumerate(prompts, first)
         ]
-        engines = self.group.size
         with self._clock.phase("rollout"):
-            results = self.group.call_each("generate", [(requests[e::engines],) for e in range(engines)])
+            completions = self._completions(requests)
         self._engine_stats += self.group.call("rollout_stats")
-        completions = [results[i % engines][i // engines] for i in range(len(requests))]
         return [
             RolloutGroup(prompt, tuple(self._rollout(f"{step}/{i}/{c.index}", prompt, c) for c in group))
             for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True), first)
         ]
+
+    def _completions(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """As [request][sample]."""
+        if self._apart is not None:
+            return generate_apart(self.group, requests, self._apart)
+        engines = self.group.size
+        results = self.group.call_each("generate", [(requests[e::engines],) for e in range(engines)])
+        return [results[i % engines][i // engines] for i in range(len(requests))]
 
     def take_stats(self) -> dict[str, float]:
         """What the engines say of their work since the last call; {} if there was none. It depends on how the prompts

@@ -42,6 +42,7 @@ from rlhf.reward import JudgeReader
 from rlhf.rollout import Completion, Engine, EngineConfig, Request
 from rlhf.trainers.deepspeed_engine import TrainingEngine, UpdateStats, init_process, stand_in
 from rlhf.trainers.forward import POLICY_LOSSES, TEACHER_LOSSES, loss_function
+from rlhf.trainers.handover import HandoverMethods
 from rlhf.trainers.moving_reference import MovingReference
 from rlhf.trainers.weights import WeightMethods, WeightSink, WeightSource
 from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_scores, batch_values
@@ -49,7 +50,7 @@ from rlhf.values import batch_logprobs_and_values, batch_rewards, batch_step_sco
 _REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, where the reference moves
 
 
-class Worker(WeightMethods):
+class Worker(WeightMethods, HandoverMethods):
     """One process and its roles.
 
     `total_updates` is the number of optimiser steps of the stage: the learning rate is a function of it, and of those in
@@ -324,19 +325,26 @@ class Worker(WeightMethods):
 
     def generate(self, requests: Sequence[Request], role: str = "rollout") -> list[list[Completion]]:
         """Completions of every request, in their order, of the policy or ("reference") of the reference."""
+        engine = self._begin_sampling(role)
+        with self._as_reference() if role == "reference" else contextlib.nullcontext():
+            completions = engine.generate(requests)
+        self._end_sampling(engine)
+        return completions
+
+    def _begin_sampling(self, role: str) -> Engine:
         if role in self._sinks:
             self._sinks[role].check_clean()
         engine = self._sampler(role)
         engine.wake()
-        with self._as_reference() if role == "reference" else contextlib.nullcontext():
-            completions = engine.generate(requests)
+        return engine
+
+    def _end_sampling(self, engine: Engine) -> None:
         alone = self.actor is None and None in (self.engine, self._opponent)
         if self.info.device != "cpu" and not alone:
             engine.sleep()
-        return completions
 
     def rollout_stats(self, role: str = "rollout") -> dict[str, float]:
-        """Of the last `generate`, see `Sampler.take_stats`."""
+        """Of the last `generate`, or what came after `begin_apart`; see `Sampler.take_stats`."""
         return dict(self._sampler(role).stats)
 
     def _sampler(self, role: str) -> Engine:

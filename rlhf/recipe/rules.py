@@ -651,3 +651,15 @@ def _placement(r: Recipe) -> Iterator[Inconsistency]:
             if group.num_processes > 1:
                 message = f"{group.num_processes} processes need Ray; set runtime.backend: ray"
                 yield (f"placement.{name}", "runtime.backend"), message
+    yield from _prefill_processes(r)
+
+
+def _prefill_processes(r: Recipe) -> Iterator[Inconsistency]:
+    apart = r.rollout.prefill_processes
+    for name, group in r.groups.items():
+        if apart and "rollout" in group.roles and apart >= group.num_processes:
+            message = (
+                f"prefill_processes={apart} leaves no process of group {name!r}, which has {group.num_processes}, to decode; give it "
+                "more by placement and runtime.backend: ray"
+            )
+            yield ("rollout.prefill_processes", "placement", "runtime.backend"), message

@@ -273,6 +273,9 @@ class RolloutConfig(Section):
     cuda_graphs: bool = True
     """On a GPU, record a decoding step's launches once for each number of rows and run them as one; no sample changes. Their
     memory is some hundred MiB."""
+    prefill_processes: NonNegative = 0
+    """Processes of the rollout's group that run prompts only and hand their keys and values to the others, which run responses
+    only, at the same time; no sample changes. 0 = every process does both."""
 
     @property
     def is_rounded(self) -> bool:

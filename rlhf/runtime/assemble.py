@@ -21,8 +21,9 @@ from rlhf.recipe import rules
 from rlhf.recipe.schema import DatasetConfig, Recipe, RewardConfig
 from rlhf.reward import Scorer
 from rlhf.rollout import SamplingParams
-from rlhf.runtime.groups import Groups, GroupSpec
+from rlhf.runtime.groups import BUCKETS_IN_FLIGHT, Groups, GroupSpec
 from rlhf.trainers.forward import sharing_losses
+from rlhf.trainers.handover import Apart
 from rlhf.trainers.opponent import Opponent
 from rlhf.trainers.process_reward import model_part
 from rlhf.trainers.rewarding import RewardSum, judge_part
@@ -233,6 +234,18 @@ def group_specs(recipe: Recipe, updates: int, objects: Objects) -> list[GroupSpe
     ]
 
 
+def _apart(recipe: Recipe) -> Apart | None:
+    r, runtime = recipe.rollout, recipe.runtime
+    if not r.prefill_processes:
+        return None
+    return Apart(
+        r.prefill_processes,
+        batch_tokens=r.max_batch_tokens,
+        in_flight_bytes=BUCKETS_IN_FLIGHT * runtime.bucket_mb << 20,
+        timeout_s=runtime.call_timeout_s,
+    )
+
+
 def make_roles(
     recipe: Recipe, groups: Groups, clock: Clock, tokenizer: Any, objects: Objects
 ) -> dict[str, Any]:
@@ -247,7 +260,9 @@ def make_roles(
 
     sampler = opponent = None
     if "rollout" in needed:
-        sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
+        sampler = Sampler(
+            groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode, apart=_apart(recipe)
+        )
     if rules.reference_samples(recipe):
         opponent = Opponent(groups.for_role("reference"), clock, seed=recipe.run.seed, decode=decode)
     output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "rollout.max_batch_tokens",
     "rollout.max_sequences",
     "rollout.prefix_cache",
+    "rollout.prefill_processes",
     "trainer.micro_batch_tokens",
     "trainer.zero_stage",
     "trainer.offload_optimizer",

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from rlhf.recipe.schema import RuntimeConfig
 
+BUCKETS_IN_FLIGHT = 3  # of runtime.bucket_mb, that the object store has room for
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -106,7 +108,8 @@ class Pending(Protocol):
         ...
 
     def handle(self, rank: int = 0) -> Any:
-        """One rank's result, as an argument for a call to another group without fetching it here."""
+        """One rank's result, as an argument for a call to another process without fetching it here; of `start_on`, rank 0
+        is the one that was called."""
         ...
 
 
@@ -132,6 +135,10 @@ class Group(Protocol):
         ...
 
     def start_each(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Pending: ...
+
+    def start_on(self, rank: int, method: str, *args: Any) -> Pending:
+        """Call one rank only; what is pending has one result. Not for work in which ranks meet."""
+        ...
 
     def close(self, *, graceful: bool = True) -> None:
         """End the group; graceful: let every worker's `close` run first, within a deadline."""

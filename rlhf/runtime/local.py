@@ -63,6 +63,11 @@ class LocalGroup:
         (args,) = args_per_rank
         return self.start(method, *args)
 
+    def start_on(self, rank: int, method: str, *args: Any) -> LocalPending:
+        if rank != 0:
+            raise ValueError(f"group {self.name!r}: rank {rank} of 1")
+        return self.start(method, *args)
+
     def close(self, *, graceful: bool = True) -> None:
         worker, self._worker = self._worker, None
         if hasattr(worker, "close"):

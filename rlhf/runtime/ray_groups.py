@@ -39,6 +39,7 @@ from rlhf.process import ProcessInfo  # noqa: E402
 from rlhf.recipe.schema import RuntimeConfig  # noqa: E402
 from rlhf.runtime import placement, watchdog  # noqa: E402
 from rlhf.runtime.groups import (  # noqa: E402
+    BUCKETS_IN_FLIGHT,
     CallTimeoutError,
     DeadWorkerError,
     GroupError,
@@ -67,7 +68,6 @@ _SHUTDOWN_S = 20.0  # for ray.shutdown, before its processes are killed
 _END_S = 5.0  # for the watchdog, beside its sweep
 _SLICE_S = 0.5  # of a wait that cannot be interrupted
 _STORE_MB = 256  # object store, beside the weights in flight
-_BUCKETS_IN_FLIGHT = 3
 _STDERR_LINES = 20
 
 # What an actor takes over from the controller's environment. Nothing that may hold a secret: Ray writes it to
@@ -155,7 +155,7 @@ class Cluster:
                 address="local",
                 # what the plan reserves, however many cores there are: Ray counts, it does not bind
                 num_cpus=int(placement.needed(specs)["CPU"]),
-                object_store_memory=(_STORE_MB + _BUCKETS_IN_FLIGHT * runtime.bucket_mb) << 20,
+                object_store_memory=(_STORE_MB + BUCKETS_IN_FLIGHT * runtime.bucket_mb) << 20,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -356,12 +356,22 @@ class RayGroup:
             )
         return self._start(method, args_per_rank, {})
 
-    def _start(self, method: str, args: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> RayPending:
+    def start_on(self, rank: int, method: str, *args: Any) -> RayPending:
+        return self._start(method, [args], {}, ranks=(rank,))
+
+    def _start(
+        self,
+        method: str,
+        args: Sequence[tuple[Any, ...]],
+        kwargs: Mapping[str, Any],
+        ranks: Sequence[int] | None = None,
+    ) -> RayPending:
+        ranks = range(self.size) if ranks is None else ranks
         refs = [
-            actor.run.options(num_returns=2).remote(method, *args[rank], **kwargs)
-            for rank, actor in enumerate(self._actors)
+            self._actors[rank].run.options(num_returns=2).remote(method, *own, **kwargs)
+            for rank, own in zip(ranks, args, strict=True)
         ]
-        return RayPending(self, method, refs, self._timeout_s, "runtime.call_timeout_s")
+        return RayPending(self, method, refs, self._timeout_s, "runtime.call_timeout_s", ranks)
 
     def describe(self, rank: int) -> str:
         process = self.processes[rank]
@@ -440,8 +450,11 @@ class RayPending:
         refs: Sequence[Sequence[ray.ObjectRef]],
         timeout_s: float,
         limit: str,
+        ranks: Sequence[int] | None = None,
     ) -> None:
+        """`ranks` are those that were called; None = all."""
         self._group, self._method, self._timeout_s, self._limit = group, method, timeout_s, limit
+        self._ranks = range(group.size) if ranks is None else ranks
         self._statuses = [status for status, _ in refs]
         self._values = [value for _, value in refs]
         self._checked = False
@@ -486,12 +499,13 @@ class RayPending:
         if failures:
             self._raise(failures)
         if waiting:
-            self._raise_late([self._statuses.index(ref) for ref in waiting], limit_s)
+            self._raise_late([self._ranks[self._statuses.index(ref)] for ref in waiting], limit_s)
         self._checked = True
 
-    def _look(self, rank: int, *, relay: bool) -> Status | _Failure:
+    def _look(self, at: int, *, relay: bool) -> Status | _Failure:
+        rank = self._ranks[at]
         try:
-            status: Status = ray.get(self._statuses[rank])
+            status: Status = ray.get(self._statuses[at])
         except RayActorError as error:
             return _Failure(rank, died=error)
         except RayError as error:

@@ -194,6 +194,9 @@ def test_fresh_does_not_take_the_folder_of_a_live_run(tiny, tmp_path, monkeypatc
 def test_what_may_change_on_resume():
     """Would catch: a refused change of the cut of a batch, or an accepted one that changes the numbers."""
     before = "runtime: {deterministic: true, threads: 1}\ntrainer: {micro_batch_tokens: 8}\nstages: {a: {rollout: {page_tokens: 16}}}"
+    assert (
+        changed_keys(before, before.replace("page_tokens: 16", "page_tokens: 16, prefill_processes: 1")) == []
+    )
     allowed = before.replace("micro_batch_tokens: 8", "micro_batch_tokens: 4").replace(
         "page_tokens: 16", "page_tokens: 64"
     )
@@ -217,19 +220,21 @@ def test_another_recipe_in_the_same_directory_is_refused(tiny, train):
 
 @pytest.mark.ray
 def test_ray_run_is_bitwise_the_local_run(tiny, train, whole):
-    """Would catch: numbers that depend on where a role lives: weights that arrive changed, another thread count,
-    another order of results."""
+    """Would catch: numbers that depend on where a role lives: weights that arrive changed, or at one of two engines only,
+    another thread count, another order of results; keys of a prompt from a process that has earlier weights."""
     spread = tiny | {
         "placement": {
-            "train": {"roles": ["actor"]},
-            "reference": {"roles": ["reference"]},
-            "sample": {"roles": ["rollout"]},
+            "train": {"roles": ["actor", "reference"]},
+            "sample": {"roles": ["rollout"], "processes": 2},
         },
+        "rollout": tiny["rollout"] | {"prefill_processes": 1},
         "runtime": {"backend": "ray", "threads": 1},
     }
     done, ray = train(spread, name="spread")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(whole, ray)
+    steps = [r for r in records(ray, "timings.jsonl") if "rollout/handed_tokens" in r]
+    assert steps and all(r["rollout/handed_tokens"] > 0 for r in steps)
 
 
 @pytest.mark.ray

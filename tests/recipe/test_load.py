@@ -285,6 +285,17 @@ def test_a_mistake_does_not_breed_others(write):
             "placement: {a: {roles: [actor, rollout], gpus: 2}}",
             "2 processes need Ray; set runtime.backend: ray",
         ),
+        (
+            "rollout: {prefill_processes: 1}",
+            "prefill_processes=1 leaves no process of group 'all', which has 1, to decode; give it more by placement and "
+            "runtime.backend: ray",
+        ),
+        (
+            "rollout: {prefill_processes: 2}\nruntime: {backend: ray}\n"
+            "placement: {a: {roles: [actor]}, b: {roles: [rollout], processes: 2}}",
+            "prefill_processes=2 leaves no process of group 'b', which has 2, to decode; give it more by placement and "
+            "runtime.backend: ray",
+        ),
         ("model: {lora: {target_modules: 5}, path: x}", "5 is not a list or one of all-linear"),
         ("rollout: {page_tokens: 65}", "65 is not one of 16, 32, 64, 128, 256"),
         ("rollout: {top_p: 0}", "0 is not above 0"),

@@ -166,3 +166,26 @@ def test_pages_with_scales_grow_are_copied_and_put_by_with_them(dtype):
         assert torch.equal(part[:, :7], one[:, :7]) and not part[:, 7:].any()
     pages.clear()
     assert pages.num_pages == len(pages.scales[0][0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("num_tokens", [0, 5, 32, 83])
+def test_positions_go_from_pages_to_pages_of_another_size(dtype, num_tokens):
+    """Would catch: positions, heads or scales that change places; scales at an address that they cannot have."""
+    shapes = [(1, 3), (2, 5)]  # key heads and their size
+    there, here = (KVPages(shapes, size, dtype, torch.device("cpu")) for size in (16, 32))
+    there.grow(9)
+    here.grow(5)
+    torch.manual_seed(0)
+    for tensor in there._all():
+        tensor.copy_(torch.randint(1, 100, tensor.shape))
+    ours, theirs, start = [4, 0, 2], [7, 1, 0, 8, 3, 2], 32 if num_tokens > 32 else 0
+    flat = there.read(theirs, num_tokens)
+    assert len(flat) == num_tokens * there.token_bytes
+    here.write(flat, num_tokens, ours[start // 32 :], start)
+    for given, taken in zip(there._all(), here._all(), strict=True):
+        for at in range(num_tokens):
+            expected = given[theirs[at // 16], :, at % 16] if at >= start else 0 * given[0, :, 0]
+            assert torch.equal(taken[ours[at // 32], :, at % 32], expected), at
+        used = [(page, at) for page in range(5) for at in range(32) if taken[page, :, at].any()]
+        assert len(used) == num_tokens - start, "more was written"

@@ -35,6 +35,7 @@ def test_calls_reach_the_worker_and_keep_their_order():
         first, second = groups["a"].start("note", "x"), groups["a"].start_each("note", [("y",)])
         assert second.wait() == [["x", "y"]] and first.wait() == [["x"]]
         assert groups["b"].call("double", groups["a"].start("add", 1).handle(0)) == [24]
+        assert groups["b"].start_on(0, "double", groups["a"].start_on(0, "add", 1).handle()).wait() == [24]
 
 
 def test_a_local_exception_keeps_its_real_traceback():

@@ -94,6 +94,20 @@ def test_a_result_goes_to_another_group_without_passing_through_here(groups):
     assert groups["one"].call("double", groups["pair"].start("add", 1).handle(1)) == [206]
 
 
+def test_one_rank_is_called_alone(groups):
+    """Would catch: a result, a failure or a late answer under another rank's name."""
+    pair = groups["pair"]
+    assert groups["one"].start_on(0, "double", pair.start_on(1, "add", 1).handle()).wait() == [206]
+    with pytest.raises(ValueError, match="a bad value") as caught:
+        pair.start_on(1, "boom").wait()
+    assert "in group 'pair', rank 1" in str(caught.value.__cause__)
+    pending = pair.start_on(1, "sleep", 1)
+    assert pair.start_on(0, "add", 1).wait() == [102], "rank 0 waits for rank 1"
+    with pytest.raises(CallTimeoutError, match=r"sleep\(\) from rank 1 of 2 within 0 s"):
+        pending.check(0.0)
+    assert pending.wait() == [None]
+
+
 def test_functions_and_modules_reach_the_worker(groups):
     """The Python API hands over a reward function and a model object, not paths."""
     assert groups["one"].call("apply", 2) == [6.0]

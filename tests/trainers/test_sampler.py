@@ -28,6 +28,7 @@ class _Engines:
                 "cache/hit_frac": hit,
                 "cache/used_frac": 0.25 + hit,
                 "rollout/prefill_tokens": tokens,
+                "rollout/handed_tokens": 0,
                 "rollout/preempted": 1,
                 "rollout/forward_passes": 3,
                 "rollout/drafted_tokens": 4,
@@ -49,6 +50,7 @@ def test_stats_of_all_calls_and_engines_are_one() -> None:
     assert sampler.take_stats() == {
         "cache/hit_frac": pytest.approx((4 * 0.5 + 1 * 0.5) / 7),
         "cache/used_frac": 0.75,
+        "rollout/handed_tokens": 0,
         "rollout/preempted": 3,
         "rollout/forward_passes": 9,
         "rollout/drafted_tokens": 12,
