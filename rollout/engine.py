@@ -2,8 +2,8 @@
 
 It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in,
 tokens out, ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed,
-and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go. Not here: text,
-rewards, other processes.
+and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go. A model that is split
+over processes (`rlhf.models.parallel`) has an engine in each, which all are given the same calls. Not here: text, rewards.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.adapters import read_adapter
 from rlhf.models.attention import kv_shapes
 from rlhf.models.linear import weights_changed
+from rlhf.models.parallel import parallel_of, split_rows
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
@@ -48,6 +49,10 @@ class Engine:
                 f"page_tokens={config.page_tokens} is not a multiple of {KEY_STEP}; use 16, 32, 64, ..."
             )
         self.model, self.config = model, config
+        self._parallel = parallel_of(model)
+        if self._parallel is not None:
+            wholes = {name: rows.whole for name, rows in split_rows(model).items()}
+            self._parallel.same("engine", config, version, wholes)
         self.version = version  # optimiser steps in the weights
         self.stats: dict[str, float] = {}  # of the last call, by metric name
         self._context: int = model.config.get_text_config().max_position_embeddings
@@ -229,6 +234,8 @@ class Engine:
             raise RuntimeError(
                 f"set_version({version}) during generate; weights may change only between calls"
             )
+        if self._parallel is not None:
+            self._parallel.same("version", version)
         self.version = version
         self._scheduler.restart(version)
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
@@ -466,7 +473,7 @@ class Engine:
         else:
             each = sorted((n for n, r in zip(own, asked) for _ in r.seeds), reverse=True)
             wanted = sum(each[: self.config.max_sequences])
-            num_pages = min(wanted, self._pool.num_pages + free_pages(self._pages))
+            num_pages = min(wanted, self._pool.num_pages + self._free_pages())
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
             worst = max(requests, key=self._most_written)
@@ -475,6 +482,10 @@ class Engine:
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"
             )
         self._grow(num_pages)
+
+    def _free_pages(self) -> int:
+        free = free_pages(self._pages)
+        return free if self._parallel is None else self._parallel.least("number of pages", free)
 
     def _most_written(self, request: Request) -> int:
         """Tokens of a sample that get keys and values: its last one never does."""
