@@ -242,12 +242,20 @@ class Teacher:
 
 
 class Sampler:
-    """The rollout engines, one in each process of their group."""
+    """The rollout engines: one in each process of their group, or in each `tensor_parallel` of them that follow one
+    another."""
 
     def __init__(
-        self, group: Any, clock: Clock, *, seed: int, decode: Callable[[Sequence[int]], str]
+        self,
+        group: Any,
+        clock: Clock,
+        *,
+        seed: int,
+        decode: Callable[[Sequence[int]], str],
+        tensor_parallel: int = 1,
     ) -> None:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
+        self._each = tensor_parallel  # processes of an engine, which are all told the same
         self._engine_stats: list[Mapping[str, float]] = []  # of every call and engine since `take_stats`
 
     def generate(
@@ -275,10 +283,11 @@ class Sampler:
             )
             for i, prompt in enumerate(prompts, first)
         ]
-        engines = self.group.size
+        engines = self.group.size // self._each
+        args = [(requests[e::engines],) for e in range(engines) for _ in range(self._each)]
         with self._clock.phase("rollout"):
-            results = self.group.call_each("generate", [(requests[e::engines],) for e in range(engines)])
-        self._engine_stats += self.group.call("rollout_stats")
+            results = self.group.call_each("generate", args)[:: self._each]
+        self._engine_stats += self.group.call("rollout_stats")[:: self._each]
         completions = [results[i % engines][i // engines] for i in range(len(requests))]
         return [
             RolloutGroup(prompt, tuple(self._rollout(f"{step}/{i}/{c.index}", prompt, c) for c in group))

@@ -273,6 +273,9 @@ class RolloutConfig(Section):
     cuda_graphs: bool = True
     """On a GPU, record a decoding step's launches once for each number of rows and run them as one; no sample changes. Their
     memory is some hundred MiB."""
+    tensor_parallel: Positive = 1
+    """Processes over which the model of one engine is split, each with a part of every weight: a rollout group of n processes
+    has n / tensor_parallel engines. It changes no sample, to the bit. More than 1 wants a group without the actor."""
 
     @property
     def is_rounded(self) -> bool:

@@ -247,7 +247,10 @@ def make_roles(
 
     sampler = opponent = None
     if "rollout" in needed:
-        sampler = Sampler(groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode)
+        each = recipe.rollout.tensor_parallel
+        sampler = Sampler(
+            groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode, tensor_parallel=each
+        )
     if rules.reference_samples(recipe):
         opponent = Opponent(groups.for_role("reference"), clock, seed=recipe.run.seed, decode=decode)
     output = Path(recipe.run.output_dir) / recipe.run.name / REWARD_OUTPUT
