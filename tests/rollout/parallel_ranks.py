@@ -174,6 +174,15 @@ def failing(parallel, kind, of_each):
     return found
 
 
+def elsewhere(parallel):
+    """What happens when one steps and the other is asked for its memory."""
+    parallel = TensorParallel(parallel._group, parallel._numbers)
+    try:
+        parallel.least("step" if parallel.rank == 0 else "number of pages", 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def stepping(parallel, kind, requests, die_after):
     """Rank 1 is killed in the middle."""
     import os

@@ -128,6 +128,8 @@ def test_other_work_is_an_error_that_names_the_rank(pair):
     for first, then in pair.both(ranks.failing, "qwen3", (requests(), longer)):
         assert first.startswith("ParallelError: rank 1 of 2 has another step than rank 0")
         assert then.startswith("ParallelError: the processes came apart before: rank 1 of 2 has another step")
+    for found in pair.both(ranks.elsewhere):
+        assert found.startswith("ParallelError: rank 1 of 2 is at other work than rank 0 (exchange 1 and 1;")
 
 
 def test_a_process_that_dies_is_an_error_in_the_others():

@@ -52,8 +52,10 @@ def test_a_server_until_a_follower_dies(start, client):
     server = start({"tensor_parallel": 2})
     split = server.client(timeout=20)
     wishes = dict(model="tiny", max_tokens=20, seed=5, logprobs=1)
-    expected, found = (c.completions.create(prompt=["hello", "x"], n=2, **wishes) for c in (client, split))
-    assert found.choices == expected.choices
+    for more in ({}, {"guided_regex": "[0-9]{3}(ab)+!"}, {"min_tokens": 5, "repetition_penalty": 1.2}):
+        asked = dict(prompt=["hello", "x"], n=2, extra_body=more) | wishes
+        expected, found = (c.completions.create(**asked) for c in (client, split))
+        assert found.choices == expected.choices
     ((process, _),) = server.served.engine._followers._running
     os.kill(process.pid, signal.SIGKILL)
     for message in ("rank 1 has ended with code -9", "has ended before: the process of rank 1 has ended"):
