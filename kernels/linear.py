@@ -199,9 +199,9 @@ def _forward(
     return matmul_triton.linear(x, weight, bias)
 
 
-def can_join(weights: Sequence[torch.Tensor]) -> bool:
+def can_join(weights: Sequence[torch.Tensor], *, wholes: Sequence[int] | None = None) -> bool:
     """Whether one product with weights (out, in) of one input, one below another, gives each one's own bits: packs do, and on a
-    GPU weights whose rows are cut into as many segments."""
+    GPU weights whose rows are cut into as many segments. `wholes`: of parts of weights, how many rows the whole ones have."""
     first = weights[0]
     if any(w.dtype != first.dtype or w.shape[1:] != first.shape[1:] for w in weights):
         return False
@@ -211,7 +211,8 @@ def can_join(weights: Sequence[torch.Tensor]) -> bool:
         return False
     from rlhf.kernels import matmul_triton
 
-    return len({matmul_triton.segments_of(*w.shape) for w in weights}) == 1
+    rows = [len(w) for w in weights] if wholes is None else wholes
+    return len({matmul_triton.segments_of(n, first.shape[1]) for n in rows}) == 1
 
 
 @torch.no_grad()
@@ -231,8 +232,8 @@ def one_below_another(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 def joined_linear(
     x: torch.Tensor, joined: torch.Tensor, bias: torch.Tensor | None, *, whole: int
 ) -> torch.Tensor:
-    """On a GPU `linear` with weights that `can_join`, one below another, without gradient; `whole` is how many rows one of
-    them has."""
+    """On a GPU `linear` with weights that `can_join`, one below another, or with a part of a weight's rows, without gradient;
+    `whole` is how many rows one of them, or the whole one, has."""
     _check(x, joined, bias)
     if not x.numel():
         return F.linear(x, joined, bias)

@@ -83,8 +83,17 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.
     return whole.view(q.shape).to(dtype)
 
 
-def quantized_linear(x: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., in) fp32, bf16 or fp16, bias (out,) like x -> (..., out). Sums are in fp32. Raises ValueError for shapes, dtypes
+def same_form(part: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Whether `part` of a weight's rows gives the bits of the `whole` (out, in) one, quantised: both in the native form, or
+    neither. On CUDA `quantized_linear` is told of the whole."""
+    return _native_takes(torch.Size(part)) == _native_takes(torch.Size(whole))
+
+
+def quantized_linear(
+    x: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None = None, *, whole: int | None = None
+) -> torch.Tensor:
+    """x (..., in) fp32, bf16 or fp16, bias (out,) like x -> (..., out). Sums are in fp32. Of a part of a weight's rows, `whole`
+    is how many rows the one has whose bits they keep. Raises ValueError for shapes, dtypes
     and devices that do not fit, and where a gradient is asked for: there is none.
     """
     _check(x, q, bias)
@@ -92,7 +101,7 @@ def quantized_linear(x: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | N
     if q.blocked:
         out = _native(rows, q, bias)
     elif gpu.serves(x) and x.device == q.values.device:
-        out = _triton(rows, q, bias)
+        out = _triton(rows, q, bias, whole)
     else:
         took("quantized linear", TORCH)
         whole = dequantize(q, x.dtype)
@@ -225,8 +234,12 @@ def _native(rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None) -
     )
 
 
-def _triton(rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _triton(
+    rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None, whole: int | None
+) -> torch.Tensor:
     took("quantized linear", TRITON)
     from rlhf.kernels import quantized_triton
 
-    return quantized_triton.quantized_linear(rows, q.values, q.scales, bias, bits=q.bits, group=q.group)
+    return quantized_triton.quantized_linear(
+        rows, q.values, q.scales, bias, bits=q.bits, group=q.group, whole=whole
+    )

@@ -99,9 +99,10 @@ def quantized_linear(
     *,
     bits: int,
     group: int,
+    whole: int | None = None,
 ) -> torch.Tensor:
     """x (M, in), values (out, in) int8 or (out, in/2) bytes, scales (out, 1) fp32 or (out, in/group) bf16, bias (out,) ->
-    (M, out)."""
+    (M, out). Of a part of a weight's rows, `whole` is how many rows the one has whose bits they keep."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     (rows, inner), (outs, width) = x.shape, values.shape
     out = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
@@ -111,7 +112,8 @@ def quantized_linear(
     step = min(group, step) if bits == 4 else step
     group = group if bits == 4 else step
     blocks = triton.cdiv(outs, _OUTS)
-    length = triton.cdiv(triton.cdiv(width, min(_SEGMENTS, triton.cdiv(_FULL, blocks))), step) * step
+    most = min(_SEGMENTS, triton.cdiv(_FULL, triton.cdiv(whole or outs, _OUTS)))
+    length = triton.cdiv(triton.cdiv(width, most), step) * step
     segments = triton.cdiv(width, length)
     split = segments > 1 and rows <= _FEW
     to = torch.empty(segments, rows, outs, dtype=torch.float32, device=x.device) if split else out

@@ -3,7 +3,8 @@
 It samples from the trainer's own model object; `set_version` tells it that the weights moved. Tokens in,
 tokens out, ordered as asked; a completion depends on the weights, its prompt, its parameters and its seed,
 and on nothing else. `generate` is for a batch; `add`, `step` and `abort` for requests that come and go; `prefill` for
-prompts that another engine goes on with. Not here: text, rewards, other processes.
+prompts that another engine goes on with. A model that is split over processes (`rlhf.models.parallel`) has an engine in each,
+which all are given the same calls. Not here: text, rewards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlhf.kernels.sampling import Sampled, sample
 from rlhf.models.adapters import read_adapter
 from rlhf.models.attention import kv_shapes, widest_window
 from rlhf.models.linear import weights_changed
+from rlhf.models.parallel import parallel_of, split_rows
 from rlhf.rollout.cache import KVPages, PagePool, free_pages
 from rlhf.rollout.drafts import Drafts, Guesses
 from rlhf.rollout.grammar import Grammars
@@ -58,6 +60,10 @@ class Engine:
                 f"page_tokens={config.page_tokens} is not a multiple of {KEY_STEP}; use 16, 32, 64, ..."
             )
         self.model, self.config = model, config
+        self._parallel = parallel_of(model)
+        if self._parallel is not None:
+            wholes = {name: rows.whole for name, rows in split_rows(model).items()}
+            self._parallel.same("engine", config, version, wholes)
         self.version = version  # optimiser steps in the weights
         self.stats: dict[str, float] = {}  # of the last call, by metric name
         self._context: int = model.config.get_text_config().max_position_embeddings
@@ -241,6 +247,7 @@ class Engine:
         cache is not run again. Raises ValueError as `generate` does, RuntimeError while there is work."""
         if self._jobs:
             raise RuntimeError(f"prefill with {len(self._jobs)} requests in work; finish or abort them first")
+        self._check_hand_over()
         self._check(requests)
         self._leaving = {request.id: request for request in requests}
         try:
@@ -250,6 +257,17 @@ class Engine:
             return [self._left[r.id] if r.id in self._left else self._pages_of(r, []) for r in requests]
         finally:
             self._leaving, self._left = {}, {}
+
+    def _check_hand_over(self) -> None:
+        if self._reach.window is not None:
+            raise ValueError(
+                f"every layer of {type(self.model).__name__} has a window, so that its prompts' pages are given back as they run; "
+                "let one engine prefill and decode"
+            )
+        if self._parallel is not None:
+            raise ValueError(
+                "pages of a model that is split over processes are not handed over; let it prefill and decode"
+            )
 
     def _hand_over(self, completed: Sequence[Prefill]) -> None:
         """Take what is to leave out of the cache, before its pages are given back."""
@@ -280,6 +298,8 @@ class Engine:
                 f"pages for {len(pages)} requests, there are {len(requests)}; give one, or None, for each"
             )
         kinds: dict[str, PageKind] = {}
+        if any(own is not None for own in pages):
+            self._check_hand_over()
         for request, own in zip(requests, pages):
             if own is None:
                 continue
@@ -332,6 +352,8 @@ class Engine:
             raise RuntimeError(
                 f"set_version({version}) during generate; weights may change only between calls"
             )
+        if self._parallel is not None:
+            self._parallel.same("version", version)
         self.version = version
         self._scheduler.restart(version)
         self._pool.forget()  # a version can come back with other weights, when a run is resumed
@@ -584,7 +606,7 @@ class Engine:
             own = [reach.sample_pages(len(r.prompt_ids), self._most_written(r)) for r in asked]
             each = sorted((n for n, r in zip(own, asked) for _ in r.seeds), reverse=True)
             wanted = sum(each[: self.config.max_sequences])
-            num_pages = min(wanted, self._pool.num_pages + free_pages(self._pages))
+            num_pages = min(wanted, self._pool.num_pages + self._free_pages())
         num_pages = max(num_pages, self._pool.num_pages)
         if num_pages < largest:
             worst = max(asked, key=self._most_written)
@@ -593,6 +615,10 @@ class Engine:
                 f"{num_pages * page_tokens}; raise cache_tokens or lower max_tokens"
             )
         self._grow(num_pages)
+
+    def _free_pages(self) -> int:
+        free = free_pages(self._pages)
+        return free if self._parallel is None else self._parallel.least("number of pages", free)
 
     def _most_written(self, request: Request) -> int:
         """Tokens of a sample that get keys and values: its last one never does."""

@@ -18,6 +18,7 @@ from rlhf.kernels.linear import row_bucket
 from rlhf.models.adapters import Adapter, AdapterRows
 from rlhf.models.attention import PagedContext
 from rlhf.models.fused import StepForward
+from rlhf.models.parallel import parallel_of
 from rlhf.rollout.cache import KVPages
 from rlhf.rollout.graphs import DecodeGraphs, DecodeStep, Recorder, serves
 from rlhf.rollout.samples import Samples
@@ -34,8 +35,10 @@ class Runner:
         self.model, self.pages = model, pages
         self.forward = StepForward(model, bits)
         self.adapters: dict[int, Adapter] = {}  # by their number
+        self._parallel = parallel_of(model)
         self.graphs: DecodeGraphs | None = None
-        if graphs and serves(model) and not self.forward.brings_weights:
+        alone = self._parallel is None and not self.forward.brings_weights  # what others send is not recorded
+        if graphs and alone and serves(model):
             self.graphs = DecodeGraphs(self.forward, pages, Recorder(model.device))
 
     def refresh(self) -> None:
@@ -86,6 +89,9 @@ class Runner:
         """Logits (L, V) of the decoding samples' tokens, guesses among them, of the last token of each completed prefill, and
         of the tokens of scored prompts."""
         packed = _pack(step, samples, self.pages.page_tokens)
+        if self._parallel is not None:
+            given = (packed.token_ids, packed.slots, packed.query_starts, packed.keep)
+            self._parallel.same("step", *(x.tobytes() for x in given))
         device, num_tokens = self.model.device, len(packed.token_ids)
         repeats = row_bucket(num_tokens) - num_tokens if device.type == "cpu" else 0
         token_ids, positions, slots = (

@@ -222,6 +222,10 @@ DANGEROUS_ALLOWED = {
         "reward/child.py",
         "Connection.recv",
     ): "arguments of a call (rows may hold dates), from the run that has started it, over a pipe that no other process has",
+    (
+        "rlhf/serving/parallel.py",
+        "Connection.recv",
+    ): "calls of the engine, from the process that has started it, over a pipe that no other process has",
 }
 
 

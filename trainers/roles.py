@@ -244,7 +244,8 @@ class Teacher:
 
 
 class Sampler:
-    """The rollout engines, one in each process of their group. With `apart` some of them prefill for the others."""
+    """The rollout engines: one in each process of their group, or in each `tensor_parallel` of them that follow one
+    another. With `apart` some of them prefill for the others."""
 
     def __init__(
         self,
@@ -254,9 +255,11 @@ class Sampler:
         seed: int,
         decode: Callable[[Sequence[int]], str],
         apart: Apart | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         self.group, self._clock, self._seed, self._decode = group, clock, seed, decode
         self._apart = apart
+        self._each = tensor_parallel  # processes of an engine, which are all told the same
         self._engine_stats: list[Mapping[str, float]] = []  # of every call and engine since `take_stats`
 
     def generate(
@@ -286,7 +289,7 @@ class Sampler:
         ]
         with self._clock.phase("rollout"):
             completions = self._completions(requests)
-        self._engine_stats += self.group.call("rollout_stats")
+        self._engine_stats += self.group.call("rollout_stats")[:: self._each]
         return [
             RolloutGroup(prompt, tuple(self._rollout(f"{step}/{i}/{c.index}", prompt, c) for c in group))
             for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True), first)
@@ -296,8 +299,9 @@ class Sampler:
         """As [request][sample]."""
         if self._apart is not None:
             return generate_apart(self.group, requests, self._apart)
-        engines = self.group.size
-        results = self.group.call_each("generate", [(requests[e::engines],) for e in range(engines)])
+        engines = self.group.size // self._each
+        args = [(requests[e::engines],) for e in range(engines) for _ in range(self._each)]
+        results = self.group.call_each("generate", args)[:: self._each]
         return [results[i % engines][i // engines] for i in range(len(requests))]
 
     def take_stats(self) -> dict[str, float]:

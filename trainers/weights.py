@@ -5,6 +5,9 @@ bounded size, never one call per tensor; the receiver checks names, shapes and t
 overwritten and a checksum over what it really holds after the last; in between it is marked dirty and refuses
 to generate. Where both roles live in one group nothing travels and only the version moves.
 
+A receiver may hold some rows of a tensor only, where its model is split over processes (`rlhf.models.parallel`): it takes
+those from the buckets, and the sender makes a checksum for each such share.
+
 What never changes (the base model under LoRA) travels once: a receiver that still holds it whole, by the checksum
 of that publish, is sent the trained weights alone from then on. One that is dirty or new gets everything.
 
@@ -27,12 +30,14 @@ import torch
 import torch.distributed as dist
 
 from rlhf.faults import fault_point
+from rlhf.models.parallel import Rows
 from rlhf.recipe.schema import RuntimeConfig
 
 if TYPE_CHECKING:
     from rlhf.runtime.groups import Group, Pending
 
 NamedWeights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+Share = Mapping[str, Rows]  # the tensors of which a process holds some rows only; {} = it holds all
 Transport = Literal["shared", "object_store", "collective"]
 
 _WORD = 1 << 64
@@ -192,10 +197,16 @@ class WeightSource:
         self._stream: Iterator[torch.Tensor] | None = None
         self._next = 0
         self._checksum: int | None = None
+        self._shares: tuple[Share, ...] = ()
+        self._share_checksums: list[int] = []
 
-    def export_plan(self, bucket_bytes: int, base: int | None = None) -> WeightPlan:
+    def export_plan(
+        self, bucket_bytes: int, base: int | None = None, shares: Sequence[Share] = ()
+    ) -> WeightPlan:
         """What the next round of buckets will hold: everything, or what may have changed since `base`, the
-        checksum of a whole publish. Gathered once and kept: shapes do not change during a run."""
+        checksum of a whole publish. Gathered once and kept: shapes do not change during a run. `shares` are those that
+        want a checksum of their own."""
+        self._shares = tuple(shares)
         key = (bucket_bytes, base is None)
         if key not in self._known:
             named = self._named_weights if base is None else self._named_trained
@@ -225,6 +236,11 @@ class WeightSource:
             raise ValueError("no complete export yet; call export_bucket for every bucket first")
         return self._checksum
 
+    def export_share_checksums(self) -> list[int]:
+        """Of the same round, what a receiver of each of the plan's shares then holds (rank 0)."""
+        self.export_checksum()
+        return self._share_checksums
+
     def _close_stream(self) -> None:
         if self._stream is not None:
             self._stream.close()
@@ -235,7 +251,7 @@ class WeightSource:
         assert self._plan is not None, "export_plan comes before export_bucket"
         self._checksum = None
         whole = self._plan.base is None
-        total = 0
+        total, of_shares = 0, [0] * len(self._shares)
         weights = iter(self._named_weights() if whole else self._named_trained())
         spec, data = None, None
         for bucket in self._plan.buckets:
@@ -244,7 +260,12 @@ class WeightSource:
                 if piece.start == 0:
                     spec, data = self._take(weights, piece.tensor)
                     if self.rank == 0:
-                        total = combine_checksums(total, spec, tensor_checksum(data))
+                        value = tensor_checksum(data)
+                        total = combine_checksums(total, spec, value)
+                        of_shares = [
+                            _with_share(so_far, share, spec, data, value)
+                            for so_far, share in zip(of_shares, self._shares, strict=True)
+                        ]
                 if self.rank == 0:
                     if flat is None:
                         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=data.device)
@@ -255,7 +276,7 @@ class WeightSource:
         for name, tensor in weights:
             if tensor.numel():
                 raise WeightSyncError(f"weight {name!r} came after the last one that was planned")
-        self._checksum = total
+        self._checksum, self._share_checksums = total, of_shares
         if whole and self._named_trained is not None:
             self.base = total
 
@@ -274,18 +295,29 @@ class WeightSource:
         raise WeightSyncError(f"planned {planned}, but the weights ended before it")
 
 
+def _with_share(total: int, share: Share, spec: TensorSpec, data: torch.Tensor, value: int) -> int:
+    """The share's running checksum with one more tensor, whose whole one is `value`."""
+    if spec.name not in share:
+        return combine_checksums(total, spec, value)
+    own = share[spec.name].of(data)
+    return combine_checksums(total, _spec(spec.name, own), tensor_checksum(own))
+
+
 class WeightSink:
     """The receiving side, on every process of the sampling group: the parameters of one model, in place.
 
     Storage never moves, so that whoever holds a view of a parameter sees the new weights. `target` may be tensors by
-    name instead of a model.
+    name instead of a model. `share` says which of them are some rows of what is sent.
     """
 
-    def __init__(self, target: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, target: torch.nn.Module | Mapping[str, torch.Tensor], share: Share | None = None
+    ) -> None:
         if isinstance(target, torch.nn.Module):
             # tied weights have several names and one storage: any of their names may arrive
             target = dict(target.named_parameters(remove_duplicate=False))
         self._params = target
+        self.share: Share = {} if share is None else share
         self._plan: WeightPlan | None = None
         self._pending: int | None = None
         self._base: int | None = None
@@ -330,20 +362,27 @@ class WeightSink:
             f"bucket {index} has {len(data)} bytes, planned {bucket.num_bytes}"
         )
         for piece in bucket.pieces:
-            target = bytes_of(self._params[piece.tensor.name].data)[
-                piece.start : piece.start + piece.num_bytes
-            ]
-            _copy_bytes(target, data[piece.offset : piece.offset + piece.num_bytes])
+            name = piece.tensor.name
+            held = bytes_of(self._params[name].data)
+            rows = self.share.get(name)  # None: all
+            first = 0 if rows is None else piece.tensor.num_bytes // rows.whole * rows.first
+            start = max(piece.start, first)
+            end = min(piece.start + piece.num_bytes, first + len(held))
+            if start < end:
+                at = piece.offset - piece.start
+                _copy_bytes(held[start - first : end - first], data[at + start : at + end])
 
-    def end_weights(self, version: int, checksum: int) -> None:
-        """Check what the parameters hold now against the sender's checksum; clean only if they are equal."""
+    def end_weights(self, version: int, checksum: int, of_share: int | None = None) -> None:
+        """Check what the parameters hold now against the sender's checksum, where they are a share of what was sent the
+        share's; clean only if they are equal."""
         if version != self._pending:
             raise WeightSyncError(f"end of version {version}, but version {self._pending} was begun")
         held = self.held_checksum()
-        if held != checksum:
+        sent = checksum if of_share is None else of_share
+        if held != sent:
             raise WeightSyncError(
                 f"version {version}: the receiver holds weights with checksum {held:016x}, "
-                f"the sender sent {checksum:016x}; nothing is generated from them"
+                f"the sender sent {sent:016x}; nothing is generated from them"
             )
         self.version, self._pending = version, None
         if self._plan.base is None:
@@ -358,9 +397,10 @@ class WeightSink:
         copied = 0
         for name, tensor in named_weights:
             self._check_tensor(_spec(name, tensor))
-            self._params[name].data.copy_(tensor.detach())
+            own = self.share[name].of(tensor) if name in self.share else tensor
+            self._params[name].data.copy_(own.detach())
             seen.add(self._params[name].data_ptr())
-            copied += tensor.numel() * tensor.element_size()
+            copied += own.numel() * own.element_size()
         if whole:
             self._check_covered(seen)
         self.version, self._pending, self._copied = version, None, True
@@ -372,8 +412,8 @@ class WeightSink:
         for bucket in self._plan.buckets if self._plan is not None else ():
             for piece in bucket.pieces:
                 if piece.start == 0:
-                    held = tensor_checksum(self._params[piece.tensor.name].data)
-                    total = combine_checksums(total, piece.tensor, held)
+                    name, held = piece.tensor.name, self._params[piece.tensor.name].data
+                    total = combine_checksums(total, _spec(name, held), tensor_checksum(held))
         return total
 
     def _check_plan(self, plan: WeightPlan) -> None:
@@ -388,12 +428,20 @@ class WeightSink:
             raise WeightSyncError(
                 f"the sender has a weight {sent.name!r}, the receiver's model has none of that name"
             )
-        held = _spec(sent.name, self._params[sent.name])
+        held = self._whole_spec(sent.name)
         if held != sent:
             raise WeightSyncError(
                 f"weight {sent.name!r} is {sent.dtype} {sent.shape} at the sender and "
                 f"{held.dtype} {held.shape} at the receiver"
             )
+
+    def _whole_spec(self, name: str) -> TensorSpec:
+        held = _spec(name, self._params[name])
+        if name not in self.share:
+            return held
+        rows = self.share[name]
+        of_row = held.num_bytes // held.shape[0]
+        return TensorSpec(name, held.dtype, (rows.whole, *held.shape[1:]), of_row * rows.whole)
 
     def _check_covered(self, storages: set[int]) -> None:
         missing = [name for name, p in self._params.items() if p.numel() and p.data_ptr() not in storages]
@@ -506,8 +554,12 @@ class WeightMethods:
         """Of the target: the checksum under which everything last arrived whole; None if it is dirty or new."""
         return self._sink.base
 
-    def export_plan(self, bucket_bytes: int, base: int | None) -> WeightPlan:
-        return self._source.export_plan(bucket_bytes, base)
+    def held_share(self) -> Share:
+        """Of the target: which rows of which weights it holds only; {} = it holds all."""
+        return self._sink.share
+
+    def export_plan(self, bucket_bytes: int, base: int | None, shares: Sequence[Share]) -> WeightPlan:
+        return self._source.export_plan(bucket_bytes, base, shares)
 
     def export_bucket(self, index: int) -> np.ndarray | None:
         """Bytes on the host, or None on ranks other than 0."""
@@ -517,14 +569,17 @@ class WeightMethods:
     def export_checksum(self) -> int | None:
         return self._source.export_checksum() if self._source.rank == 0 else None
 
+    def export_share_checksums(self) -> list[int]:
+        return self._source.export_share_checksums() if self._source.rank == 0 else []
+
     def begin_weights(self, version: int, plan: WeightPlan) -> None:
         self._sink.begin_weights(version, plan)
 
     def load_bucket(self, index: int, data: np.ndarray) -> None:
         self._sink.load_bucket(index, data)
 
-    def end_weights(self, version: int, checksum: int) -> None:
-        self._sink.end_weights(version, checksum)
+    def end_weights(self, version: int, checksum: int, of_share: int | None = None) -> None:
+        self._sink.end_weights(version, checksum, of_share)
         if self._aimed == "rollout":
             self.set_version(version)
 
@@ -602,12 +657,16 @@ def publish(
         return PublishReport(0, time.perf_counter() - start, 0, None, transport)
     source.call("aim_weights", role)
     target.call("aim_weights", role)
-    plan = source.call("export_plan", runtime.bucket_mb << 20, _common_base(source, target))[0]
+    held = target.call("held_share")
+    shares = [share for i, share in enumerate(held) if share and share not in held[:i]]
+    plan = source.call("export_plan", runtime.bucket_mb << 20, _common_base(source, target), shares)[0]
     target.call("begin_weights", version, plan)
     move = _through_calls if transport == "object_store" else _through_broadcast
     move(source, target, plan, runtime)
     total = source.call("export_checksum")[0]
-    target.call("end_weights", version, total)
+    own = source.call("export_share_checksums")[0]
+    ends = [(version, total, own[shares.index(share)] if share else None) for share in held]
+    target.call_each("end_weights", ends)
     return PublishReport(plan.num_bytes, time.perf_counter() - start, len(plan.buckets), total, transport)
 
 

@@ -11,10 +11,12 @@ import contextlib
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 
 from rlhf.checkpoint import load_tensors, save_tensors
@@ -23,6 +25,7 @@ from rlhf.kernels import form, native
 from rlhf.logprobs import batch_logprobs, batch_top_logprobs
 from rlhf.models import load_model, load_tokenizer, probe_exactness, save_model
 from rlhf.models.linear import weights_changed
+from rlhf.models.parallel import TensorParallel, split_rows
 from rlhf.models.scalar import (
     is_scalar_model,
     load_scalar_model,
@@ -216,13 +219,29 @@ class Worker(WeightMethods, HandoverMethods):
         self._frozen["teacher"] = self._causal(_other_model(self.recipe.model, path), trainable=False)
 
     def _make_rollout(self) -> None:
-        """The engine runs the actor's own tensors where they are whole, else a copy that publishing keeps equal."""
+        """The engine runs the actor's own tensors where they are whole, else a copy that publishing keeps equal, or this
+        process's part of one."""
         shared = self.actor is not None and self.actor.weights_are_whole
         # A copy has the actor's structure, adapters included, so that both compute the same bits.
-        model = self.actor.module if shared else self._causal(trainable=self.recipe.model.lora is not None)
+        lora = self.recipe.model.lora is not None
+        model = (
+            self.actor.module if shared else self._causal(trainable=lora, parallel=self._beside_this_one())
+        )
         if not shared:
-            self._sinks["rollout"] = WeightSink(model)
+            self._sinks["rollout"] = WeightSink(model, split_rows(model))
         self.engine = self._engine(model)
+
+    def _beside_this_one(self) -> TensorParallel | None:
+        """The processes that run one engine with this one: as many neighbours as rollout.tensor_parallel says."""
+        size, limit = (
+            self.recipe.rollout.tensor_parallel,
+            timedelta(seconds=self.recipe.runtime.call_timeout_s),
+        )
+        if size == 1:
+            return None
+        firsts = range(0, self.info.world_size, size)
+        groups = [dist.new_group(list(range(first, first + size)), timeout=limit) for first in firsts]
+        return TensorParallel(groups[self.info.rank // size])
 
     def _engine(self, model: torch.nn.Module) -> Engine:
         r = self.recipe.rollout
@@ -251,13 +270,20 @@ class Worker(WeightMethods, HandoverMethods):
             seed=self.recipe.run.seed,
         )
 
-    def _causal(self, config: ModelConfig | None = None, *, trainable: bool) -> torch.nn.Module:
+    def _causal(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        trainable: bool,
+        parallel: TensorParallel | None = None,
+    ) -> torch.nn.Module:
         own = config is None or config == self.recipe.model
         return load_model(
             config or self.recipe.model,
             self.tokenizer,
             trainable=trainable,
             model=self._model_object if own else None,
+            parallel=parallel,
             **self._options(),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.kernels.linear import linear, pack
+from rlhf.models.parallel import own_outputs, whole_outputs
 
 _OTHER_KINDS = {  # what a peft configuration may have beside plain LoRA, and what it means to have none
     "use_dora": False,
@@ -109,10 +110,11 @@ def _low_rank(
 ) -> LowRank:
     shapes = {kind: tuple(weight.shape) for kind, weight in sorted(pair.items())}
     rank = config.r  # type: ignore[attr-defined]
-    wanted = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
+    wanted = {"lora_A": (rank, base.in_features), "lora_B": (whole_outputs(base), rank)}
     if shapes != wanted:
         raise ValueError(f"{folder}: {path} has {shapes}; the model needs {wanted}")
     a, b = (pair[kind].to(device, base.weight.dtype).contiguous() for kind in wanted)
+    b = own_outputs(base, b)
     alpha = config.lora_alpha  # type: ignore[attr-defined]
     scale = alpha / rank**0.5 if config.use_rslora else alpha / rank  # type: ignore[attr-defined]
     return LowRank(a, b, pack(a), pack(b), scale)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,12 +25,13 @@ from rlhf.kernels.decoder import MOST_TOKENS, Layers, LayerWeights, Weight, buil
 from rlhf.kernels.layout import Noted
 from rlhf.kernels.linear import can_join, joined_linear, one_below_another, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
-from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
+from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear, same_form
 from rlhf.kernels.rotary import rotate_
 from rlhf.models.adapters import AdapterRows, add_changes
 from rlhf.models.attention import PackedContext, PagedContext, StepContext, use_context
 from rlhf.models.linear import InvariantLinear
 from rlhf.models.offload import Arrival, Departure, home_of
+from rlhf.models.parallel import ExchangedLinear, SplitEmbedding, SplitLinear, whole_outputs
 from rlhf.models.swap import FastRMSNorm, GatedMLP
 from rlhf.models.value_head import NAME as VALUE_HEAD
 
@@ -55,7 +55,8 @@ class StepForward:
         if bits is not None and (self._decoder is None or not self._decoder.quantize(bits)):
             raise ValueError(
                 f"weights of {bits} bits: the model is not a decoder of Llama's kind with plain linears (adapters are not) that are "
-                "on the device, for 4 bits of sizes that are multiples of 64; set rollout.weights: auto"
+                "on the device, for 4 bits of sizes that are multiples of 64, in each of several processes of multiples of 16; "
+                "set rollout.weights: auto"
             )
         self.refresh()
 
@@ -70,7 +71,7 @@ class StepForward:
             return {}
         joined = [j for layer in self._decoder.layers for j in layer.joined]
         found = {path: m for j in joined for (path, _), m in zip(j.paths, j.linears, strict=True)}
-        return found if all(type(m) is InvariantLinear for m in found.values()) else {}
+        return found if all(isinstance(m, InvariantLinear) for m in found.values()) else {}
 
     @property
     def brings_weights(self) -> bool:
@@ -193,7 +194,7 @@ class _Decoder:
         keep: torch.Tensor | None = None,
         adapters: AdapterRows = (),
     ) -> torch.Tensor:
-        x = F.embedding(token_ids, self.embed_tokens.weight)  # (N, H), from here on written in place
+        x = self.embed_tokens(token_ids)  # (N, H), from here on written in place
         cos, sin = (a[0] for a in self.rotary(x[None], positions[None]))  # (N, D)
         change = None  # what is added to x next, by the norm that reads the sum
         if self.native is not None and isinstance(context, PagedContext) and not adapters:
@@ -341,6 +342,8 @@ class _Joined:
         self._quantized: QuantizedWeight | None = None
         self._bias: torch.Tensor | None = None
         self._noted: Noted | None = None  # what it was made of
+        first = self.linears[0]
+        self._exchanged = first if isinstance(first, ExchangedLinear) else None  # of a model that is split
 
     def refresh(self) -> None:
         """Join the weights again if one of them changed."""
@@ -369,7 +372,9 @@ class _Joined:
         return [self._weight, self._bias, *few]
 
     def form(self) -> tuple[Weight, torch.Tensor | None] | None:
-        """The weight that the product reads on a CPU, and the bias."""
+        """The weight that the product reads on a CPU, and the bias; None where there is more to it than that."""
+        if self._exchanged is not None:
+            return None
         weight: Weight | None = self._quantized if self._quantized is not None else self._packed
         bias = self._bias
         if weight is None and len(self.linears) == 1 and type(self.linears[0]) is InvariantLinear:
@@ -377,33 +382,43 @@ class _Joined:
         return None if weight is None else (weight, None if bias is None else bias.detach())
 
     def __call__(self, x: torch.Tensor, adapters: AdapterRows = ()) -> torch.Tensor:
+        if self._exchanged is not None:
+            x = self._exchanged.parallel.gather(x)
         out = self._product(x)
         if adapters:
             add_changes(out, x, adapters, self.paths)
-        return out
+        return out if self._exchanged is None else self._exchanged.gathered(out)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._quantized is not None:
-            return quantized_linear(x, self._quantized, self._bias)
+            return quantized_linear(
+                x, self._quantized, self._bias, whole=sum(map(whole_outputs, self.linears))
+            )
         if self._packed is not None:
             return packed_linear(x, self._packed, self._bias)
         if self._weight is not None:
-            return joined_linear(x, self._weight, self._bias, whole=self.linears[0].out_features)
-        return self.linears[0](x) if len(self.linears) == 1 else torch.cat([m(x) for m in self.linears], -1)
+            return joined_linear(x, self._weight, self._bias, whole=whole_outputs(self.linears[0]))
+        outs = [m.product(x) if isinstance(m, SplitLinear) else m(x) for m in self.linears]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def can_join(self) -> bool:
         first, bits = self.linears[0], self.bits
         if bits is None and len(self.linears) == 1:
             return False  # the module has its own pack
         if not all(
-            type(m) is InvariantLinear
+            isinstance(m, InvariantLinear)
             and m.weight.dtype == first.weight.dtype
             and (m.bias is None) == (first.bias is None)
             for m in self.linears
         ):
             return False
-        weights = [m.weight for m in self.linears]
-        return can_join(weights) if bits is None else all(can_quantize(tuple(w.shape), bits) for w in weights)
+        weights, wholes = [m.weight for m in self.linears], [whole_outputs(m) for m in self.linears]
+        if bits is None:
+            return can_join(weights, wholes=wholes)
+        outs, inner = sum(map(len, weights)), first.in_features
+        return all(can_quantize(tuple(w.shape), bits) for w in weights) and same_form(
+            (outs, inner), (sum(wholes), inner)
+        )
 
 
 def _normed(x: torch.Tensor, norm: FastRMSNorm, change: torch.Tensor | None) -> torch.Tensor:
@@ -454,7 +469,9 @@ def _has_structure(model: nn.Module) -> bool:
         elif not _consists_of(attention, _ATTENTION):
             return False
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
-    return type(decoder.embed_tokens) is nn.Embedding and all(type(n) is FastRMSNorm for n in norms)
+    return type(decoder.embed_tokens) in (nn.Embedding, SplitEmbedding) and all(
+        type(n) is FastRMSNorm for n in norms
+    )
 
 
 def _consists_of(module: nn.Module, children: set[str], beside: Set[str] = frozenset()) -> bool:

@@ -54,7 +54,7 @@ def lay_together(model: nn.Module, device: torch.device | str) -> None:
     for module in model.modules():
         for names in _OF_ONE_INPUT:
             linears = [module._modules.get(name) for name in names]
-            if not all(type(m) is InvariantLinear for m in linears):
+            if not all(isinstance(m, InvariantLinear) for m in linears):
                 continue
             weights = [m.weight for m in linears]
             if len({(w.dtype, w.shape[1:], w.device) for w in weights}) > 1 or len(set(weights)) < len(

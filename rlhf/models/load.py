@@ -27,6 +27,7 @@ from rlhf.models import attention
 from rlhf.models.build import build_model, build_tokenizer
 from rlhf.models.head import prepare_head
 from rlhf.models.linear import lay_together
+from rlhf.models.parallel import TensorParallel, check_split, shard
 from rlhf.models.swap import swap_modules
 from rlhf.recipe.schema import LoraConfig, ModelConfig, TokenizerConfig
 from rlhf.rng import key
@@ -124,16 +125,29 @@ def load_model(
     trainable: bool,
     model: nn.Module | None = None,
     invariant: bool = True,
+    parallel: TensorParallel | None = None,
 ) -> nn.Module:
     """The recipe's model, prepared. With `trainable`: in training mode, LoRA added if configured (its random
     part is a function of `seed`), gradient checkpointing if configured; otherwise the plain model, frozen.
     `model` is an object to start from instead (it is copied, never changed). `invariant=False` leaves linears
-    and activations as they are.
+    and activations as they are. With `parallel` this process keeps its part of the model, which is for sampling only: the
+    processes read one after another, so that of the whole model at most one copy is in the machine's memory at a time,
+    beside what they keep; the device is given the part alone.
 
     Raises ValueError for a folder that is missing or damaged, an architecture that the attention does not
-    cover, and a tokenizer with more tokens than the model has embeddings.
+    cover, a tokenizer with more tokens than the model has embeddings, and, before weights are read, a model that cannot be
+    split over so many processes.
     """
     dtype = getattr(torch, model_config.dtype)
+    if parallel is not None and parallel.size > 1:
+        if model is None:
+            check_model_split(model_config, parallel.size)
+        with parallel.in_turn("part of the model"):
+            own = dict(seed=seed, trainable=trainable, model=model, invariant=invariant)
+            part = shard(load_model(model_config, tokenizer, device="cpu", **own), parallel)
+            if torch.device(device).type == "cuda":
+                lay_together(part, device)
+            return part.to(device)
     if model is not None:
         model = copy.deepcopy(model).to(dtype)
     elif model_config.build is not None:
@@ -174,6 +188,15 @@ def prepare(
     if invariant and torch.device(device).type == "cuda":
         lay_together(model, device)
     return model.to(device).train(trainable)
+
+
+def check_model_split(model_config: ModelConfig, size: int) -> None:
+    """Raise ValueError where the model in a folder or repository cannot be split over `size` processes; no weight is read."""
+    if model_config.path is None:
+        return
+    config, trusted = read_config(model_config), model_config.trust_code is not None
+    with torch.device("meta"):
+        check_split(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), size)
 
 
 def save_model(

@@ -253,7 +253,8 @@ _TABLE: dict[str, tuple[Need, ...]] = {
     **_of("rollout", "group_size temperature top_k top_p min_p", _TRAINING_SAMPLES),
     **_of(
         "rollout",
-        "max_response_tokens stop page_tokens cache_tokens kv_dtype weights max_batch_tokens max_sequences prefix_cache order preemption draft_tokens cuda_graphs prefill_processes",
+        "max_response_tokens stop page_tokens cache_tokens kv_dtype weights max_batch_tokens max_sequences prefix_cache order preemption draft_tokens cuda_graphs "
+        "prefill_processes tensor_parallel",
         _SAMPLER,
     ),
     # policy gradients

@@ -220,6 +220,7 @@ def problems(recipe: Recipe) -> Iterator[Inconsistency]:
         _warmup,
         _noise,
         _placement,
+        _tensor_parallel,
     ):
         yield from rule(recipe)
 
@@ -632,6 +633,43 @@ def _noise(r: Recipe) -> Iterator[Inconsistency]:
         yield ("trainer.neftune_alpha", "method", "distill.divergence"), message
 
 
+def _tensor_parallel(r: Recipe) -> Iterator[Inconsistency]:
+    size = r.rollout.tensor_parallel
+    if size == 1 or "rollout" not in r.roles:
+        return
+    key = "rollout.tensor_parallel"
+    if r.model.lora is not None:
+        yield (
+            (key, "model.lora"),
+            f"tensor_parallel={size}: a model with adapters cannot be split; leave one of them out",
+        )
+    if not r.runtime.deterministic:
+        yield (
+            (key, "runtime.deterministic"),
+            (
+                f"tensor_parallel={size} needs linears whose rows are their own; set runtime.deterministic: true"
+            ),
+        )
+    for name, group in r.groups.items():
+        if "rollout" not in group.roles:
+            continue
+        if "actor" in group.roles:
+            yield (
+                (key, "placement"),
+                (
+                    f"tensor_parallel={size}: the engine shares a group with the actor, whose weights it would run; give rollout a "
+                    "group of its own"
+                ),
+            )
+        elif group.num_processes % size:
+            yield (
+                (key, f"placement.{name}"),
+                (
+                    f"{group.num_processes} processes of group {name} are no multiple of tensor_parallel={size}"
+                ),
+            )
+
+
 def _placement(r: Recipe) -> Iterator[Inconsistency]:
     home: dict[str, str] = {}
     for name, group in r.placement.items():
@@ -655,7 +693,10 @@ def _placement(r: Recipe) -> Iterator[Inconsistency]:
 
 
 def _prefill_processes(r: Recipe) -> Iterator[Inconsistency]:
-    apart = r.rollout.prefill_processes
+    apart, each = r.rollout.prefill_processes, r.rollout.tensor_parallel
+    if apart and each > 1:
+        message = f"prefill_processes={apart} with tensor_parallel={each}: pages of a split model are not handed over; leave one out"
+        yield ("rollout.prefill_processes", "rollout.tensor_parallel"), message
     for name, group in r.groups.items():
         if apart and "rollout" in group.roles and apart >= group.num_processes:
             message = (

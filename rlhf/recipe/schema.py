@@ -276,6 +276,9 @@ class RolloutConfig(Section):
     prefill_processes: NonNegative = 0
     """Processes of the rollout's group that run prompts only and hand their keys and values to the others, which run responses
     only, at the same time; no sample changes. 0 = every process does both."""
+    tensor_parallel: Positive = 1
+    """Processes over which the model of one engine is split, each with a part of every weight: a rollout group of n processes
+    has n / tensor_parallel engines. It changes no sample, to the bit. More than 1 wants a group without the actor."""
 
     @property
     def is_rounded(self) -> bool:

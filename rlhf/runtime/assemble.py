@@ -260,8 +260,14 @@ def make_roles(
 
     sampler = opponent = None
     if "rollout" in needed:
+        each = recipe.rollout.tensor_parallel
         sampler = Sampler(
-            groups.for_role("rollout"), clock, seed=recipe.run.seed, decode=decode, apart=_apart(recipe)
+            groups.for_role("rollout"),
+            clock,
+            seed=recipe.run.seed,
+            decode=decode,
+            apart=_apart(recipe),
+            tensor_parallel=each,
         )
     if rules.reference_samples(recipe):
         opponent = Opponent(groups.for_role("reference"), clock, seed=recipe.run.seed, decode=decode)

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rlhf.models.parallel import ParallelError
 from rlhf.rollout import Delta, Engine, Request, Update
 from rlhf.serving.metrics import Metrics
 
@@ -309,9 +310,7 @@ class AsyncEngine:
             _log.exception("a step of the engine failed")
             self._num_failures += 1
             self._measure()
-            failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._post(self._deliver, [], failure)
+            self._post(self._deliver, [], self._failure(error))
             return
         self._num_failures = 0
         self._measure()
@@ -326,16 +325,22 @@ class AsyncEngine:
         except Exception as error:  # such as memory that is not there; the others' work is whole
             _log.exception("request %s could not be taken in", stream.request.id)
             self._drop(stream.request.id)
-            failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
-            self._post(self._answer, stream, failure)
+            self._post(self._answer, stream, self._failure(error))
         else:
             self._measure()
             self._post(self._answer, stream, None)
 
+    def _failure(self, error: Exception) -> EngineFailed:
+        if isinstance(error, ParallelError):  # which nothing mends
+            self._num_failures = _FAILURES_IN_A_ROW
+        failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
     def _drop(self, request_id: str) -> None:
         try:
             self._engine.abort(request_id)
-        except KeyError:  # it has ended meanwhile, or was never taken in
+        except (KeyError, ParallelError):  # it has ended meanwhile, or was never taken in
             return
         self._measure()
 

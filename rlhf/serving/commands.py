@@ -27,6 +27,7 @@ _ENGINE, _SERVER = EngineSettings.model_fields, ServeSettings.model_fields
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, such as a run's, or a hub name.")]  # fmt: skip
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the model's own), float32 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+TensorParallel = Annotated[int, typer.Option("--tensor-parallel", help="Processes, each on a GPU of its own (or sharing the CPU), over which the model is split; it changes no answer.")]  # fmt: skip
 CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Size of the key/value cache; default: within half of the free memory.")]  # fmt: skip
 MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Sequences decoded at the same time.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="Numbers of the cache: auto (the model's), int8 or fp8.")]  # fmt: skip
@@ -50,6 +51,7 @@ def serve(
     name: Annotated[str | None, typer.Option("--name", help="What clients call the model; default: MODEL.")] = None,
     dtype: Dtype = _ENGINE["dtype"].default,
     device: Device = _ENGINE["device"].default,
+    tensor_parallel: TensorParallel = _ENGINE["tensor_parallel"].default,
     policy: Annotated[str, typer.Option("--policy", help="Who waits least: fcfs, priority, shortest_first, longest_first, fair.")] = _ENGINE["policy"].default,
     cache_tokens: CacheTokens = None,
     max_sequences: MaxSequences = _ENGINE["max_sequences"].default,
@@ -66,7 +68,7 @@ def serve(
     with _mistakes():
         _needs("uvicorn", "starlette")
         engine = EngineSettings.model_validate(
-            dict(model=model, dtype=dtype, device=device, policy=policy, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
+            dict(model=model, dtype=dtype, device=device, tensor_parallel=tensor_parallel, policy=policy, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
                  max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
                  adapters=_adapters(adapter or [], name or model))
         )  # fmt: skip
@@ -106,6 +108,7 @@ def generate(
     out: Annotated[Path | None, typer.Option("--out", help="File for the answers, a JSON object a line; default: the terminal.")] = None,
     dtype: Dtype = _ENGINE["dtype"].default,
     device: Device = _ENGINE["device"].default,
+    tensor_parallel: TensorParallel = _ENGINE["tensor_parallel"].default,
     cache_tokens: CacheTokens = None,
     max_sequences: MaxSequences = _ENGINE["max_sequences"].default,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
@@ -124,7 +127,7 @@ def generate(
         if out is not None and not out.parent.is_dir():
             raise NotStarted(f"--out {out}: there is no folder {out.parent}")
         engine = EngineSettings.model_validate(
-            dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
+            dict(model=model, dtype=dtype, device=device, tensor_parallel=tensor_parallel, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
                  max_sequences=max_sequences, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
                  adapters=_adapters(adapter or [], ""))
         )  # fmt: skip
@@ -156,6 +159,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = _ENGINE["dtype"].default,
     device: Device = _ENGINE["device"].default,
+    tensor_parallel: TensorParallel = _ENGINE["tensor_parallel"].default,
     cache_tokens: CacheTokens = None,
     kv_dtype: KvDtype = _ENGINE["kv_dtype"].default,
     weights: Weights = _ENGINE["weights"].default,
@@ -166,7 +170,7 @@ def chat(
     """Talk to a model in the terminal. /help says what else there is; Ctrl-C stops an answer."""
     with _mistakes():
         engine = EngineSettings.model_validate(
-            dict(model=model, dtype=dtype, device=device, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
+            dict(model=model, dtype=dtype, device=device, tensor_parallel=tensor_parallel, cache_tokens=cache_tokens, kv_dtype=kv_dtype,
                  max_sequences=1, weights=weights, offload_layers=offload_layers, draft_tokens=draft_tokens,
                  adapters=_adapters(adapter or [], ""))
         )  # fmt: skip

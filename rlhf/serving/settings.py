@@ -26,6 +26,9 @@ class EngineSettings(BaseModel):
     """Type of the weights; auto = the model's own, bfloat16 where that is float16."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = a GPU if there is one."""
+    tensor_parallel: int = Field(default=1, gt=0)
+    """Processes, each with a part of every weight and a device of its own, that run the model together; the answers are
+    those of one process, bit by bit."""
     policy: Policy = "fcfs"
     """Who of the waiting is next; no policy changes a result."""
     cache_tokens: int | None = Field(default=None, gt=0)

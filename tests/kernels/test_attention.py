@@ -728,7 +728,7 @@ def test_groups_that_share_pages_decode_in_the_bits_of_each_alone(
         (4, 4, [129 + i % 31 for i in range(70)]),
     ]
     generator = np.random.default_rng(0)
-    tables, lens = [], []
+    tables, lens, begin = [], [], np.zeros(0, np.int64)
     for group, count, tokens in groups:
         begin = generator.permutation(400)[:count] + 400 * group if group != 3 else begin[:count]
         for length in tokens:

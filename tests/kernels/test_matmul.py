@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from rlhf.kernels.linear import linear
+from rlhf.kernels.linear import can_join, joined_linear, linear
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="of the Triton form; test_triton.py runs it"
@@ -94,3 +94,16 @@ def test_nothing_is_a_sum_of_nothing(shapes):
     """Would catch: a launch of no programs, and a division by a row's length of 0."""
     x, weight = (torch.zeros(s) for s in shapes)
     assert torch.equal(linear(x, weight), x @ weight.t())
+
+
+def test_a_part_of_a_weight_has_the_bits_of_the_whole(in_short_segments, monkeypatch):
+    """Would catch: a part that is cut into the segments that a weight of its own size has."""
+    monkeypatch.setattr("rlhf.kernels.linear.can_pack", lambda weight: False)  # a CPU's here
+    monkeypatch.setattr(in_short_segments, "_WIDE", 90)
+    x, weight, bias = make(20, 96, 300, torch.float32)
+    whole = linear(x, weight, bias)
+    parts = [joined_linear(x, weight[i : i + 48], bias[i : i + 48], whole=96) for i in (0, 48)]
+    alone = linear(x, weight[:48], bias[:48])
+    assert can_join([weight[:48], weight[48:]], wholes=[96, 96])
+    assert not can_join([weight[:48], weight[:48]], wholes=[96, 48])
+    assert torch.equal(torch.cat(parts, -1), whole) and not torch.equal(alone, whole[:, :48])

@@ -31,7 +31,7 @@ INTERPRETED = {
     "test_kv.py": "(nearest and 96) or zeros or (bits_of_their and not window and not softcap and not sinks and not given1-int8) or bytes or (one_pass and (96 or 256))",
     "../models/test_fused.py": "joined_products and qwen2",
     "../rollout/test_graphs.py": "mistral or cuts or two_segments or recorded",
-    "test_quantized.py": "(product and float16) or (does_not_depend and 1-4-32) or nearest or no_rows",
+    "test_quantized.py": "(product and float16) or (does_not_depend and 1-4-32) or nearest or no_rows or (part_of_a_weight and 4-32)",
 }
 # families of the GPU check; the attention's takes minutes, and its tests are above
 CHECKED = ("rows", "matmul", "sampling", "quantized")

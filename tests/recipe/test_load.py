@@ -296,6 +296,11 @@ def test_a_mistake_does_not_breed_others(write):
             "prefill_processes=2 leaves no process of group 'b', which has 2, to decode; give it more by placement and "
             "runtime.backend: ray",
         ),
+        (
+            "rollout: {prefill_processes: 1, tensor_parallel: 2}\nruntime: {backend: ray}\n"
+            "placement: {a: {roles: [actor]}, b: {roles: [rollout], processes: 4}}",
+            "prefill_processes=1 with tensor_parallel=2: pages of a split model are not handed over; leave one out",
+        ),
         ("model: {lora: {target_modules: 5}, path: x}", "5 is not a list or one of all-linear"),
         ("rollout: {page_tokens: 65}", "65 is not one of 16, 32, 64, 128, 256"),
         ("rollout: {top_p: 0}", "0 is not above 0"),

@@ -315,3 +315,30 @@ def test_truncated_samples_are_warned_of():
     (warning,) = plan_from_dict(whole(cut)).warnings
     assert "top_k: 5, top_p: 0.9, min_p: 0.1: samples come from a truncated distribution" in warning.message
     assert not plan_from_dict(whole(cut | {"method": "online_dpo"})).warnings
+
+
+SPLIT = {
+    "placement": {"train": {"roles": ["actor"]}, "sample": {"roles": ["rollout"], "processes": 4}},
+    "runtime": {"backend": "ray"},
+    "rollout": {"tensor_parallel": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"placement": {"all": {"roles": ["actor", "rollout"]}}}, "tensor_parallel=2: the engine shares a group with the actor"),
+        ({"rollout": {"tensor_parallel": 3}}, "4 processes of group sample are no multiple of tensor_parallel=3"),
+        ({"runtime": {"backend": "ray", "deterministic": False}}, "set runtime.deterministic: true"),
+        ({"model": {"path": "org/model", "lora": {"rank": 4}}}, "a model with adapters cannot be split"),
+        ({"placement": {}, "runtime": {}}, "give rollout a group of its own"),
+    ],
+)  # fmt: skip
+def test_an_engine_over_processes_that_cannot_be(changes, message):
+    """Would catch: a run that finds out while it loads."""
+    with pytest.raises(RecipeError, match=message):
+        plan_from_dict(whole(SPLIT | changes))
+
+
+def test_an_engine_over_processes():
+    assert plan_from_dict(whole(SPLIT)).stages[0].recipe.rollout.tensor_parallel == 2

@@ -245,3 +245,13 @@ def test_what_is_refused(models):
     prefiller.add(requests)
     with pytest.raises(RuntimeError, match="prefill with 2 requests in work"):
         prefiller.prefill(requests)
+
+
+def test_models_of_windows_alone_are_refused(models):
+    """Would catch: pages of a prompt's beginning that hold other tokens' keys, for the next prompt that begins so."""
+    model, requests = models("mistral")[0], make_requests(1, lengths=(20,))
+    with pytest.raises(ValueError, match="every layer of Mistral.* has a window.*let one engine"):
+        make_engine(model).prefill(requests)
+    pages = make_engine(models("llama")[0]).prefill(requests)
+    with pytest.raises(ValueError, match="every layer of Mistral"):
+        make_engine(model).generate(requests, pages=pages)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf import faults
+from rlhf.models.parallel import Rows
 from rlhf.recipe.schema import RuntimeConfig
 from rlhf.runtime.groups import GroupSpec, launch
 from rlhf.trainers.weights import (
@@ -47,14 +48,14 @@ class Net(torch.nn.Module):
 def move(
     source: WeightSource, sink: WeightSink, *, version=1, bucket_bytes=100, base=None, damage=None
 ) -> None:
-    plan = source.export_plan(bucket_bytes, base)
+    plan = source.export_plan(bucket_bytes, base, [sink.share])
     sink.begin_weights(version, plan)
     for bucket in plan.buckets:
         data = source.export_bucket(bucket.index).clone()
         if damage == bucket.index:
             data[-1] ^= 1
         sink.load_bucket(bucket.index, data.numpy())
-    sink.end_weights(version, source.export_checksum())
+    sink.end_weights(version, source.export_checksum(), source.export_share_checksums()[0])
 
 
 def source_of(net: torch.nn.Module) -> WeightSource:
@@ -138,6 +139,60 @@ def test_weights_arrive_bit_for_bit_in_place(bucket_bytes):
     assert {name: p.data_ptr() for name, p in receiver.named_parameters()} == before
     assert receiver.head.weight is receiver.embed.weight and sink.version == 3
     sink.check_clean()
+
+
+SHARES = [
+    {"embed.weight": Rows(0, 3, 7), "head.weight": Rows(0, 3, 7), "lower": Rows(0, 1, 3), "big": Rows(0, 50, 101)},
+    {"embed.weight": Rows(3, 7, 7), "head.weight": Rows(3, 7, 7), "lower": Rows(1, 3, 3), "big": Rows(50, 101, 101)},
+]  # fmt: skip
+
+
+def part_of(net, share):
+    """What a process holds of the net; its numbers are others."""
+    own = {n: (share[n].of(p) if n in share else p).detach() + 1 for n, p in net.named_parameters()}
+    return own | {"head.weight": own["embed.weight"]}
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("bucket_bytes", [1, 7, 100, 1 << 20])
+def test_of_a_split_model_the_own_rows_arrive(bucket_bytes, share):
+    """Would catch: rows of another process, bytes beside a bucket's border, and a part that is held for the whole."""
+    sender = Net(0)
+    sink = WeightSink(part_of(sender, share), share)
+    move(source_of(sender), sink, bucket_bytes=bucket_bytes)
+    copied = part_of(Net(1), share)
+    own_bytes = WeightSink(copied, share).copy_from(sender.named_parameters(), version=1)
+    for name, p in sender.named_parameters():
+        sent = share[name].of(p) if name in share else p
+        assert torch.equal(sink._params[name], sent) and torch.equal(copied[name], sent)
+    assert own_bytes == sum(x.nbytes for n, x in copied.items() if n != "head.weight")
+    assert sink.version == 1
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_damage_in_the_own_rows_is_noticed(share):
+    """Would catch: a checksum of what was sent instead of what is held."""
+    sender, noticed, there = Net(0), [], []
+    for bucket in source_of(sender).export_plan(40).buckets:
+        tensor, last = bucket.pieces[-1].tensor, bucket.pieces[-1].start + bucket.pieces[-1].num_bytes - 1
+        rows = share.get(tensor.name, Rows(0, 1, 1))
+        there.append(rows.first <= last * rows.whole // tensor.num_bytes < rows.end)
+        try:
+            move(
+                source_of(sender),
+                WeightSink(part_of(sender, share), share),
+                bucket_bytes=40,
+                damage=bucket.index,
+            )
+            noticed.append(False)
+        except WeightSyncError:
+            noticed.append(True)
+    assert noticed == there and 3 < sum(there) < len(there) - 3
+    wrong = {**share, "big": Rows(0, 51, 102)}
+    with pytest.raises(
+        WeightSyncError, match=r"'big' is float32 \(101,\) at the sender and float32 \(102,\)"
+    ):
+        move(source_of(sender), WeightSink(part_of(sender, share) | {"big": torch.zeros(51)}, wrong))
 
 
 def test_a_tied_weight_may_arrive_under_its_other_name():

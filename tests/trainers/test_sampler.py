@@ -38,6 +38,34 @@ class _Engines:
         ]
 
 
+class _Split(_Engines):
+    """Four processes, two to an engine; each tells of itself in what it answers."""
+
+    size = 4
+    hit = (0.5, 0.5, 0.0, 0.0)
+
+    def call_each(self, method, args_per_rank):
+        self.given = [[r.id for r in requests] for (requests,) in args_per_rank]
+        super().call_each(method, args_per_rank)
+        return [
+            [[Completion(r.id, 0, (rank,), (-1.0,), (-1.0,), (0,), "stop")] for r in requests]
+            for rank, (requests,) in enumerate(args_per_rank)
+        ]
+
+
+def test_processes_of_one_engine_are_told_the_same() -> None:
+    """Would catch: a request that only one of an engine's processes gets, answers that are taken twice or of another prompt,
+    and work that is counted once for each process."""
+    group = _Split()
+    sampler = Sampler(group, Clock(), seed=0, decode=str, tensor_parallel=2)
+    prompts = [Prompt(f"p{i}", (1,), "p") for i in range(3)]
+    params = SamplingParams(max_tokens=1, stop_ids=(0,))
+    groups = sampler.generate(prompts, params, samples=1, purpose="rollout", step=0)
+    assert group.given == [["0/0", "0/2"]] * 2 + [["0/1"]] * 2
+    assert [g.rollouts[0].response_ids for g in groups] == [(0,), (2,), (0,)]
+    assert sampler.take_stats()["rollout/forward_passes"] == 6
+
+
 def test_stats_of_all_calls_and_engines_are_one() -> None:
     """Would catch: the last call's numbers for those of the step; a mean of shares that forgets what they are of; an
     engine without a prompt that counts as one that found nothing."""
