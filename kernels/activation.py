@@ -139,7 +139,7 @@ class _Native(torch.autograd.Function):
         gate, up, layout = _layout(*ctx.saved_tensors, grad.shape[-1])
         grad = grad.contiguous()
         to_gate, to_up = (x.new_empty(x.shape) for x in (gate, up))
-        given = (x.data_ptr() for x in (gate, up, grad, to_gate, to_up))
+        given = map(native.address, (gate, up, grad, to_gate, to_up))
         native.function("activation", "gated_backward")(*given, ctx.activation, *layout)
         return to_gate, to_up, None
 

@@ -9,6 +9,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "attention.h"
@@ -528,7 +531,10 @@ void rows_gradients(Work& work, const Sequence<const float*>& s, float scale, fl
    : (dim) == 64  ? name<__VA_ARGS__ 4>  \
    : (dim) == 80  ? name<__VA_ARGS__ 5>  \
    : (dim) == 96  ? name<__VA_ARGS__ 6>  \
+   : (dim) == 112 ? name<__VA_ARGS__ 7>  \
    : (dim) == 128 ? name<__VA_ARGS__ 8>  \
+   : (dim) == 160 ? name<__VA_ARGS__ 10> \
+   : (dim) == 192 ? name<__VA_ARGS__ 12> \
    : (dim) == 256 ? name<__VA_ARGS__ 16> \
                   : nullptr)
 
@@ -657,10 +663,19 @@ void rows_of(const AttentionCall& c, const Piece& piece, int64_t head, Rows& row
     }
 }
 
+// What a thread has of its own: made where its exceptions are caught.
+template <typename P>
+struct Thread {
+  Work work;
+  std::vector<Places<P>> places;  // of sequences that are worked on together
+  std::vector<Sequence<P>> sequences;
+  Thread(int64_t longest, int64_t together) : places(together, Places<P>(longest)), sequences(together) {}
+};
+
 template <typename P, typename Function>
 int attend(const AttentionCall& c, Function attend_them) {
-  if (!attend_them || c.group > kMostRows) return 1;
-  if (!c.sequences) return 0;
+  if (!attend_them || c.group > kMostRows) return kMissing;
+  if (!c.sequences) return kDone;
   std::vector<Piece> pieces;
   int64_t together = 1;
   for (int64_t n = 0; n < c.sequences; ++n) {
@@ -675,27 +690,92 @@ int attend(const AttentionCall& c, Function attend_them) {
   }
   const int64_t work = static_cast<int64_t>(pieces.size()) * c.heads, longest = longest_of(c);
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, work)));
+  Memory memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Work own;
-    std::vector<Places<P>> places(together, Places<P>(longest));
-    std::vector<Sequence<P>> sequences(together);
+    std::unique_ptr<Thread<P>> own;
+    memory.with([&] { own.reset(new Thread<P>(longest, together)); });
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t item = 0; item < work; ++item) {
-      const Piece& piece = pieces[item / c.heads];
-      const int64_t head = item % c.heads;
-      if (c.page_table && item + 1 < work) {
-        const Piece& next = pieces[(item + 1) / c.heads];
-        for (int64_t n = 0; n < next.sequences; ++n)
-          fetch<typename Place<P>::Number>(c, next.sequence + n, (item + 1) % c.heads, n ? next.shared * kBlock : 0);
-      }
-      rows_of(c, piece, head, own.rows);
-      for (int64_t n = 0; n < piece.sequences; ++n)
-        sequences[n] = places[n].of(c, piece.sequence + n, head, n ? piece.shared * kBlock : 0);
-      attend_them(own, sequences.data(), piece.shared, c.scale);
-    }
+    for (int64_t item = 0; item < work; ++item)
+      memory.with([&] {
+        const Piece& piece = pieces[item / c.heads];
+        const int64_t head = item % c.heads;
+        if (c.page_table && item + 1 < work) {
+          const Piece& next = pieces[(item + 1) / c.heads];
+          for (int64_t n = 0; n < next.sequences; ++n)
+            fetch<typename Place<P>::Number>(c, next.sequence + n, (item + 1) % c.heads, n ? next.shared * kBlock : 0);
+        }
+        rows_of(c, piece, head, own->work.rows);
+        for (int64_t n = 0; n < piece.sequences; ++n)
+          own->sequences[n] = own->places[n].of(c, piece.sequence + n, head, n ? piece.shared * kBlock : 0);
+        attend_them(own->work, own->sequences.data(), piece.shared, c.scale);
+      });
   }
-  return 0;
+  return memory.wanting() ? kNoMemory : kDone;
+}
+
+// What `run` returns; want of memory is a result, as no exception is to leave what ctypes calls.
+template <typename Function>
+int caught(Function run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  } catch (const std::length_error&) {
+    return kNoMemory;
+  }
+}
+
+int forward(const AttentionCall& c) {
+  if (c.numbers == 3) return attend<Scaled<Fp8>>(c, FOR_DIM(c.dim, attend_rows, Scaled<Fp8>, ));
+  if (c.numbers == 2) return attend<Scaled<Int8>>(c, FOR_DIM(c.dim, attend_rows, Scaled<Int8>, ));
+  if (c.numbers == 1) return attend<const Bf16*>(c, FOR_DIM(c.dim, attend_rows, const Bf16*, ));
+  return attend<const float*>(c, FOR_DIM(c.dim, attend_rows, const float*, ));
+}
+
+struct BackwardThread {
+  Work work;
+  Places<const float*> places;
+  std::vector<float*> dk, dv;
+  explicit BackwardThread(int64_t longest) : places(longest), dk(longest), dv(longest) {}
+};
+
+// The gradients of sequence `n` under one head of k and v.
+template <typename Function>
+void sequence_gradients(const AttentionCall& c, int64_t n, int64_t head, BackwardThread& own, Function add_gradients) {
+  const Sequence<const float*> s = own.places.of(c, n, head);
+  for (int64_t p = 0; p < c.context_lens[n]; ++p) {
+    const int64_t place = (row_of(c, n, p) * c.heads + head) * c.dim;
+    own.dk[p] = c.dk + place;
+    own.dv[p] = c.dv + place;
+  }
+  for (const Piece& piece : pieces_of(c, n)) {
+    rows_of(c, piece, head, own.work.rows);
+    add_gradients(own.work, s, c.scale, own.dk.data(), own.dv.data());
+  }
+}
+
+// A sequence that others go on from has keys that several of them change: then one thread has a head.
+int backward(const AttentionCall& c) {
+  const auto add_gradients = FOR_DIM(c.dim, rows_gradients, );
+  if (!add_gradients || c.numbers || c.page_table || c.group > kMostRows) return kMissing;
+  if (!c.sequences) return kDone;
+  const int64_t parts = c.prefix_starts ? 1 : c.sequences, work = parts * c.heads, longest = longest_of(c);
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, work)));
+  Memory memory;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::unique_ptr<BackwardThread> own;
+    memory.with([&] { own.reset(new BackwardThread(longest)); });
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < work; ++item)
+      memory.with([&] {
+        const int64_t head = item % c.heads, part = item / c.heads;
+        for (int64_t n = c.prefix_starts ? 0 : part; n < (c.prefix_starts ? c.sequences : part + 1); ++n)
+          sequence_gradients(c, n, head, *own, add_gradients);
+      });
+  }
+  return memory.wanting() ? kNoMemory : kDone;
 }
 
 }  // namespace
@@ -703,42 +783,20 @@ int attend(const AttentionCall& c, Function attend_them) {
 extern "C" {
 
 int attention_forward(const AttentionCall* c) {
-  if (c->numbers == 3) return attend<Scaled<Fp8>>(*c, FOR_DIM(c->dim, attend_rows, Scaled<Fp8>, ));
-  if (c->numbers == 2) return attend<Scaled<Int8>>(*c, FOR_DIM(c->dim, attend_rows, Scaled<Int8>, ));
-  if (c->numbers == 1) return attend<const Bf16*>(*c, FOR_DIM(c->dim, attend_rows, const Bf16*, ));
-  return attend<const float*>(*c, FOR_DIM(c->dim, attend_rows, const float*, ));
+  return caught([&] { return forward(*c); });
 }
 
-// Packed fp32 only. A sequence that others go on from has keys that several of them change: then one thread has a head.
+// Packed fp32 only.
 int attention_backward(const AttentionCall* c) {
-  const auto add_gradients = FOR_DIM(c->dim, rows_gradients, );
-  if (!add_gradients || c->numbers || c->page_table || c->group > kMostRows) return 1;
-  if (!c->sequences) return 0;
-  const int64_t parts = c->prefix_starts ? 1 : c->sequences, work = parts * c->heads, longest = longest_of(*c);
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c->threads, work)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Work own;
-    std::vector<float*> dk(longest), dv(longest);
-    Places<const float*> places(longest);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < work; ++item) {
-      const int64_t head = item % c->heads, part = item / c->heads;
-      for (int64_t n = c->prefix_starts ? 0 : part; n < (c->prefix_starts ? c->sequences : part + 1); ++n) {
-        const Sequence<const float*> s = places.of(*c, n, head);
-        for (int64_t p = 0; p < c->context_lens[n]; ++p) {
-          const int64_t place = (row_of(*c, n, p) * c->heads + head) * c->dim;
-          dk[p] = c->dk + place;
-          dv[p] = c->dv + place;
-        }
-        for (const Piece& piece : pieces_of(*c, n)) {
-          rows_of(*c, piece, head, own.rows);
-          add_gradients(own, s, c->scale, dk.data(), dv.data());
-        }
-      }
-    }
-  }
-  return 0;
+  return caught([&] { return backward(*c); });
+}
+
+// Throws std::invalid_argument where one of `count` rows is not among the first `end`.
+void check_rows(const int64_t* rows, int64_t count, int64_t end) {
+  for (int64_t i = 0; i < count; ++i)
+    if (static_cast<uint64_t>(rows[i]) >= static_cast<uint64_t>(end))
+      throw std::invalid_argument("rows[" + std::to_string(i) + "] = " + std::to_string(rows[i]) + " of pages that have " +
+                                  std::to_string(end));
 }
 
 // Rows of `bytes` bytes: token t, head h from t * from_token + h * bytes to row rows[t * heads + h].
@@ -803,5 +861,6 @@ void write_quantised(const void* from, const int64_t* rows, void* to, float* sca
 }
 }
 
+BUILTIN(check_rows)
 BUILTIN(write_rows)
 BUILTIN(write_quantised)

@@ -6,6 +6,9 @@
 
 extern "C" {
 
+// What attention_forward and attention_backward return; kMissing: there is no function for heads of that size.
+enum { kDone = 0, kMissing = 1, kNoMemory = 2 };
+
 struct AttentionCall {
   const float* q;  // token t, head h at t * q_token + h * dim
   const void* k;   // packed: token t, head h at t * k_token + h * dim; pages: (P, heads, page, dim)

@@ -23,6 +23,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,14 @@ _MAX_SCORES = 1 << 21  # scores of one product, unless a single run of 16 querie
 _MAX_KEYS = 1 << 17  # keys of one product, unless one sequence has more
 _CHEAP_SCORES = 1 << 15  # padding of this size costs less than one more product
 _MASK_KEPT = 1 << 18  # larger masks are made again in every layer
-NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)  # attention.cpp has a function for each
+NATIVE_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # attention.cpp has a function for each
 _NATIVE_NUMBERS = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.int8: 2,
     torch.float8_e4m3fn: 3,
 }  # keys and values there
+_NO_MEMORY = 2  # as attention.h has it
 _FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the default is
 _MOST_TRITON_GROUP = 64
 MOST_GROUP = 256  # query heads of a key head that attention.cpp takes
@@ -493,10 +495,12 @@ def attend_packed(
                 "repeats: a gradient needs a row for each token, and no others"
             )
         return _PackedAttention.apply(q.contiguous(), k, v, sinks, plan, scale, window, softcap)
-    if is_native(q, k, v, plan, softcap):
+    if is_native(q, k, v, plan, softcap, sinks):
         return _attend_native(q, k, v, plan, scale, window, sinks)
     if _is_triton(q, k, v):
         return _attend_triton(q, k, v, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)[0]
+    if native.hollow(*inputs) is not None:
+        return _shape_only(q, v, inputs)
     table, token_rows = _table(q)
     layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window, token_rows)
     return _attend(table, k, v, layout, scale, softcap, sinks).view(*q.shape[:2], v.shape[-1])
@@ -558,11 +562,15 @@ def attend_paged(
     _check(q, k_pages, v_pages, plan, window, softcap, sinks)
     if not len(q):
         return q.new_zeros(0, q.shape[1], v_pages.shape[-1])
-    if is_native(q, k_pages, v_pages, plan, softcap):
+    beside = (sinks, *(kv_scales or ()))
+    if is_native(q, k_pages, v_pages, plan, softcap, *beside):
         return _attend_native(q, k_pages, v_pages, plan, scale, window, sinks, kv_scales)
     if _is_triton(q, k_pages, v_pages):
         options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
         return _attend_triton(q, k_pages, v_pages, plan, kv_scales=kv_scales, **options)[0]
+    given = (q, k_pages, v_pages, *beside)
+    if native.hollow(*given) is not None:
+        return _shape_only(q, v_pages, given)
     with torch.no_grad():
         table, token_rows = _table(q)
         layout = plan.layout(heads, q.shape[1] // heads, window, token_rows)
@@ -594,10 +602,12 @@ def _check(
     num_rows = plan.num_tokens + plan.num_repeats
     if shape[0] != num_rows:
         raise ValueError(f"q {tuple(shape)} has {len(q)} tokens, and the plan has {num_rows}")
-    if not (shape[1] and keys[1]) or shape[1] % keys[1] or shape[2] != keys[-1] or keys[:-1] != values[:-1]:
+    some = shape[1] and keys[1] and shape[2] and values[-1]
+    if not some or shape[1] % keys[1] or shape[2] != keys[-1] or keys[:-1] != values[:-1]:
         shapes = f"q {tuple(shape)}, k {tuple(keys)}, v {tuple(values)}"
         raise ValueError(
-            f"{shapes}: there must be heads, k and v need the same, which divide q's, and k needs q's size"
+            f"{shapes}: there must be heads and numbers of them, k and v need the same heads, which divide q's, and k needs "
+            "q's size"
         )
     own, stored = q.dtype, k.dtype
     unlike = own != stored and compute_dtype(own) != compute_dtype(stored)
@@ -612,8 +622,10 @@ def _check(
         raise ValueError(
             f"q on {device}, k on {k.device}, v on {v.device}, the plan for {plan.device}: all must be on one device"
         )
-    if window is not None and (window < 1 or int(window) != window):
-        raise ValueError(f"window={window} is no number of tokens; give 1 or more, or None")
+    if window is not None and not (isinstance(window, Integral) and 1 <= window < _NOWHERE):
+        raise ValueError(
+            f"window={window!r} is no number of tokens; give a whole number from 1 on, or None for all"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be above 0, or None")
     if sinks is not None and (sinks.shape != shape[1:2] or sinks.device != device):
@@ -755,9 +767,21 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
-def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, softcap: float | None) -> bool:
+def _shape_only(q: torch.Tensor, v: torch.Tensor, given: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The result of tensors of which one has no numbers: it has none."""
+    return native.hollow(*given).new_empty(*q.shape[:2], v.shape[-1], dtype=q.dtype)
+
+
+def is_native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    softcap: float | None,
+    *beside: torch.Tensor | None,
+) -> bool:
     """Whether attention.cpp serves the call: fp32 or bf16 on a CPU, pages in int8 or fp8 too, heads of a size that it has,
-    neither soft cap nor block mask."""
+    neither soft cap nor block mask. `beside`: sinks and scales."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
@@ -768,6 +792,7 @@ def is_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, sof
         and softcap is None
         and plan.block_mask is None
         and q.shape[1] // k.shape[1] <= MOST_GROUP
+        and native.plain(q, k, v, *beside)
         and native.library("attention") is not None
     )
 
@@ -813,7 +838,10 @@ def of_plan(plan: Plan, k: torch.Tensor, heads: int, dim: int, /, **fields: Any)
 
 
 def _run(function: str, call: AttentionCall) -> None:
-    if getattr(native.library("attention"), function)(ctypes.byref(call)):
+    done = getattr(native.library("attention"), function)(ctypes.byref(call))
+    if done == _NO_MEMORY:
+        raise MemoryError(f"{function} of {call.sequences} sequences wanted more memory than there is")
+    if done:
         raise RuntimeError(f"attention.cpp has no {function} for heads of {call.dim}")
 
 
@@ -865,6 +893,7 @@ def _is_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return (
         gpu.serves(*((q,) if k.dtype in QUANTISED else (q, k, v)))
         and max(q.shape[-1], v.shape[-1]) <= gpu.LARGEST_HEAD
+        and gpu.holds_tiles(q, max(q.shape[-1], v.shape[-1]))
         and q.shape[1] // k.shape[1] <= _MOST_TRITON_GROUP
     )
 
@@ -985,7 +1014,7 @@ class _PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> torch.Tensor:
         ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
-        native_serves = is_native(q, k, v, plan, softcap)
+        native_serves = is_native(q, k, v, plan, softcap, sinks)
         if not native_serves and _is_triton(q, k, v):
             options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
             out, logs = _attend_triton(q, k, v, plan, share_out=False, **options)
@@ -994,6 +1023,8 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sinks)
         if native_serves:
             return _attend_native(q, k, v, plan, scale, window, sinks)
+        if native.hollow(q, k, v, sinks) is not None:
+            return _shape_only(q, v, (q, k, v, sinks))
         layout = plan.layout(k.shape[1], q.shape[1] // k.shape[1], window)
         out = _attend(_rows(q), k, v, layout, scale, softcap, sinks)
         return out.view(*q.shape[:2], v.shape[-1])
@@ -1006,7 +1037,10 @@ class _PackedAttention(torch.autograd.Function):
             options = {"scale": ctx.scale, "window": ctx.window, "softcap": ctx.softcap, "sinks": sinks}
             of_inputs = _gradients_triton(q, k, v, *of_triton, grad, ctx.plan, **options)
             return *of_inputs, None, None, None, None
-        if is_native(q, k, v, ctx.plan, ctx.softcap):
+        if native.hollow(q, k, v, sinks, grad) is not None:
+            of_inputs = (None if x is None else torch.empty_like(x) for x in (q, k, v, sinks))
+            return *of_inputs, None, None, None, None
+        if is_native(q, k, v, ctx.plan, ctx.softcap, sinks, grad):
             of_inputs = _gradients_native(q, k, v, grad, ctx.plan, ctx.scale, ctx.window, sinks)
             return *of_inputs, None, None, None, None
         heads, layout = k.shape[1], ctx.plan.layout(k.shape[1], q.shape[1] // k.shape[1], ctx.window)

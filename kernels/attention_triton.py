@@ -228,10 +228,10 @@ def _segment(
 # -- forward ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width", "part_rows"])
 def _forward(
     q, k, v, k_scales, v_scales, out, logs, sinks, items, seqs, ranges, page_table, part_acc, part_m, part_total,
-    table_width, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
+    table_width, part_rows, q_token, k_token, v_token, heads, kv_heads, dim, v_dim, scale, softcap, window,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, LISTED: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, SEGMENT: tl.constexpr,
@@ -271,7 +271,7 @@ def _forward(
             m, total, acc = _merged(m, total, acc, m_one, total_one, acc_one)
     inside = valid[:, None] & (dv < v_dim)[None, :]
     if SPLIT:
-        part = (tl.load(item + 6).to(tl.int64) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        part = (tl.load(item + 6).to(tl.int64) * kv_heads + kv_head) * part_rows + tl.arange(0, ROWS)
         tl.store(part_m + part, m, mask=valid)
         tl.store(part_total + part, total, mask=valid)
         tl.store(part_acc + part[:, None] * v_dim + dv[None, :], acc, mask=inside)
@@ -282,9 +282,9 @@ def _forward(
         tl.store(logs + token * heads + head, log, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_rows"])
 def _join(
-    out, sinks, items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
+    out, sinks, items, part_acc, part_m, part_total, part_rows, heads, kv_heads, v_dim,
     SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     item = items + tl.program_id(0) * 8
@@ -296,7 +296,7 @@ def _join(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, V_DIM), tl.float32)
     for number in range(tl.load(item + 6), tl.load(item + 7)):
-        part = (number * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        part = (number * kv_heads + kv_head).to(tl.int64) * part_rows + tl.arange(0, ROWS)
         m_one = tl.load(part_m + part, mask=valid, other=float("-inf"))
         total_one = tl.load(part_total + part, mask=valid, other=0.0)
         acc_one = tl.load(part_acc + part[:, None] * v_dim + dv[None, :], mask=inside, other=0.0)
@@ -760,7 +760,8 @@ def _attend(
     tile = tile_of(q.dtype, dim, v_dim, group, many=many)
     work, (seqs, page_table) = work_of(plan, group, window, tile, members, shared=shared), _sequences(plan)
     items = work.shares if shared else work.items
-    parts = (len(items) if shared else 0, kv_heads, tile.rows)
+    part_rows = min(tile.rows, group * min(plan.most_queries, _FEW_QUERIES))  # the others of a tile are none
+    parts = (len(items) if shared else 0, kv_heads, part_rows)
     part_acc, part_m, part_total = (
         torch.empty(shape, dtype=torch.float32, device=q.device) for shape in ((*parts, v_dim), parts, parts)
     )
@@ -770,7 +771,7 @@ def _attend(
             _forward, (len(items), kv_heads),
             q, k, v, k_scales, v_scales, out, logs, q if sinks is None else sinks, items, seqs,
             seqs if work.ranges is None else work.ranges, page_table, part_acc, part_m, part_total, page_table.shape[1],
-            *map(token_step, (q, k, v)), heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0),
+            part_rows, *map(token_step, (q, k, v)), heads, kv_heads, dim, v_dim, float(scale), float(softcap or 0.0),
             window or 0,
             PAGED=plan.page_table is not None, PAGE=plan.page_tokens or 1, SCALED=kv_scales is not None, SPLIT=shared,
             LISTED=work.ranges is not None, SOFTCAP=softcap is not None, WINDOW=_kind(window, tile),
@@ -780,7 +781,7 @@ def _attend(
     if shared:
         launch(
             _join, (len(work.items), kv_heads),
-            out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, heads, kv_heads, v_dim,
+            out, q if sinks is None else sinks, work.items, part_acc, part_m, part_total, part_rows, heads, kv_heads, v_dim,
             SINKS=sinks is not None, GROUP=group, ROWS=tile.rows, V_DIM=tile.v_dim, num_warps=tile.warps,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <stdexcept>
 
 #include "attention.h"
 #include "builtin.h"
@@ -52,7 +54,6 @@ struct LayersCall {
   float *query, *out;              // (tokens, query heads, dim), of a dtype that is not fp32
   int64_t count, tokens, repeats, hidden, is_bf16, activation;
   int64_t products_alone, numbers_alone, threads;  // up to which one thread works, and how many do else
-  int64_t failed;                                  // set where attention has no such heads
   float most, inverse;                             // of int8 and fp8 pages
 };
 }
@@ -62,7 +63,7 @@ namespace {
 template <typename T>
 class Decoder {
  public:
-  explicit Decoder(LayersCall& call)
+  explicit Decoder(const LayersCall& call)
       : c_(call), do_(*call.operations), heads_(call.attention->heads), dim_(call.attention->dim),
         query_heads_(heads_ * call.attention->group) {}
 
@@ -124,7 +125,7 @@ class Decoder {
     call.q = q;
     call.q_token = token;
     call.out = static_cast<float*>(c_.attended);
-    c_.failed |= do_.attention(&call);
+    attended(do_.attention(&call));
     repeat(call.out);
   }
 
@@ -135,13 +136,18 @@ class Decoder {
     call.q = c_.query;
     call.q_token = width;
     call.out = c_.out;
-    c_.failed |= do_.attention(&call);
+    attended(do_.attention(&call));
     repeat(c_.out);
     Bf16* to = static_cast<Bf16*>(c_.attended);
     for (int64_t i = 0; i < c_.tokens * width; i += kLanes) {
       const auto halves = nearest_halves(load(c_.out + i));
       std::memcpy(to + i, &halves, sizeof halves);
     }
+  }
+
+  static void attended(int answer) {
+    if (answer == kNoMemory) throw std::bad_alloc();
+    if (answer != kDone) throw std::invalid_argument("attention.cpp has nothing for heads of that size");
   }
 
   // The last token's result for those that only fill a bucket.
@@ -161,7 +167,7 @@ class Decoder {
 
   int64_t threads_for(int64_t numbers) const { return numbers <= c_.numbers_alone ? 1 : c_.threads; }
 
-  LayersCall& c_;
+  const LayersCall& c_;
   const Operations& do_;
   const int64_t heads_, dim_, query_heads_;
 };
@@ -170,7 +176,7 @@ class Decoder {
 
 extern "C" {
 
-void run_layers(LayersCall* call) {
+void run_layers(const LayersCall* call) {
   if (call->is_bf16)
     Decoder<Bf16>(*call).run();
   else

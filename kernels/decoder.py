@@ -154,8 +154,6 @@ class Layers:
             call.most, call.inverse = QUANTISED[stored], inverse_of(stored)
         took("decoder layers", NATIVE)
         native.function("decoder", "run_layers")(ctypes.addressof(call))
-        if call.failed:
-            raise RuntimeError(f"attention.cpp has nothing for {self._heads} heads of {dim}")
         return self._room["change"][:tokens]
 
     def _note_pages(
@@ -283,7 +281,7 @@ class _LayersCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("normed", "projected", "rotated", "attended", "gate_up", "gated")),
         *((name, ctypes.c_void_p) for name in ("query", "out")),
         *((name, ctypes.c_int64) for name in ("count", "tokens", "repeats", "hidden", "is_bf16", "activation")),
-        *((name, ctypes.c_int64) for name in ("products_alone", "numbers_alone", "threads", "failed")),
+        *((name, ctypes.c_int64) for name in ("products_alone", "numbers_alone", "threads")),
         *((name, ctypes.c_float) for name in ("most", "inverse")),
     ]  # fmt: skip
 

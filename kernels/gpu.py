@@ -1,7 +1,7 @@
 """Triton forms of operations, for CUDA tensors.
 
-Here: `serves`, which tensors they take, `launch`, through which every kernel starts, and how a table of rows is cut into
-programs. Each form lies beside its operation, as
+Here: `serves`, which tensors they take, `holds_tiles`, whether a GPU has room for those with products, `launch`, through
+which every kernel starts, and how a table of rows is cut into programs. Each form lies beside its operation, as
 `<operation>_triton.py`, and is imported when the first CUDA tensor comes. Without triton, or where RLHF_TRITON=0, there
 is none and the torch operations run. Not here: what the kernels compute.
 """
@@ -20,7 +20,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 4096  # numbers of one program, about
 LARGEST_HEAD = 256  # numbers of a head that attention and what writes its pages take
 _ALIGNED = 16  # bytes of an address, numbers of a stride
-_SHARED_BYTES = 160 << 10
+_SHARED_BYTES = (
+    101_376  # of a program, in the smallest GPUs that tiles of products are made for: sm_86, sm_89
+)
+_WIDE_SHARED_BYTES = 160 << 10  # for heads of more than _WIDE_HEAD numbers: A100, H100 and larger
+_WIDE_HEAD = 128
 _MOST = 1 << 16  # numbers of the longest row that a program can hold
 
 
@@ -31,14 +35,14 @@ def available() -> bool:
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether the Triton forms take the tensors: fp32, bf16 or fp16, alike, on one CUDA device."""
+    """Whether the Triton forms take the tensors: fp32, bf16 or fp16, alike, on one CUDA device. Those with products ask
+    `holds_tiles` too."""
     first = tensors[0]
     return (
         first.is_cuda
         and first.dtype in _DTYPES
         and all(x.dtype == first.dtype and x.device == first.device for x in tensors)
         and available()
-        and _holds_tiles(first.device.index or 0)
     )
 
 
@@ -74,15 +78,23 @@ def token_step(x: torch.Tensor) -> int:
     return x.stride(0) if len(x) > 1 else x[0].numel()
 
 
+def holds_tiles(x: torch.Tensor, head_dim: int = 0) -> bool:
+    """Whether a multiprocessor of the device that x is on has the shared memory for tiles of products, or of an attention
+    whose heads have so many numbers. Rows of numbers want next to none (benchmarks/results/kernel_resources-*.md)."""
+    return not x.is_cuda or _has_shared(
+        x.device.index or 0, _WIDE_SHARED_BYTES if head_dim > _WIDE_HEAD else _SHARED_BYTES
+    )
+
+
 @functools.cache
-def _holds_tiles(index: int) -> bool:
-    """Whether a multiprocessor of the device has the shared memory that the tiles are made for: A100, H100 and larger."""
+def _has_shared(index: int, wanted: int) -> bool:
     about = torch.cuda.get_device_properties(index)
-    if about.shared_memory_per_block_optin >= _SHARED_BYTES:
+    if about.shared_memory_per_block_optin >= wanted:
         return True
+    what = "products" if wanted == _SHARED_BYTES else f"attention of heads of more than {_WIDE_HEAD} numbers"
     warnings.warn(
         f"{about.name} has {about.shared_memory_per_block_optin} bytes of shared memory for a program, the Triton kernels "
-        f"want {_SHARED_BYTES}: torch's operations run, and log-probs of sampler and trainer agree to rounding only",
+        f"of {what} want {wanted}: torch's operations run, and log-probs of sampler and trainer agree to rounding only",
         stacklevel=2,
     )
     return False

@@ -72,9 +72,7 @@ def check_slots(slots: torch.Tensor, pages: torch.Tensor) -> None:
 
 def kv_rows(slots: torch.Tensor, num_kv_heads: int, page_tokens: int) -> torch.Tensor:
     """(N*Hkv,) rows of pages seen as (P*Hkv*page, D) for slots (N,): the same in every layer."""
-    if (
-        slots.device.type == "cpu" and type(slots) in native.PLAIN
-    ):  # numpy takes a fifth of torch's time for few
+    if slots.is_cpu and type(slots) in native.PLAIN:  # numpy takes a fifth of torch's time for few
         page, place = np.divmod(slots.numpy(), page_tokens)
         heads = np.arange(num_kv_heads) * page_tokens
         return torch.from_numpy(((page * (num_kv_heads * page_tokens) + place)[:, None] + heads).ravel())
@@ -93,11 +91,14 @@ def write_rows(
     *,
     kv_scales: KvScales | None = None,
 ) -> None:
-    """`write_kv` with rows from `kv_rows`, of slots that `check_slots` has seen."""
+    """`write_kv` with rows from `kv_rows`. Raises ValueError for what does not fit, and on a CPU for rows that are not in the
+    pages; elsewhere reading them would wait for the device, and `check_slots` must have seen their slots."""
     _check_new(k_pages, v_pages, k, v, rows)
+    if rows.is_cpu:
+        _check_rows(rows, k_pages)
     for i, (pages, x) in enumerate(((k_pages, k), (v_pages, v))):
         scales = None if kv_scales is None else kv_scales[i]
-        if x.device.type == "cpu" and _is_native(pages, x, scales):
+        if x.is_cpu and _is_native(pages, x, scales, rows):
             took("keys and values", NATIVE)
             _write_native(pages, scales, x, rows)
         elif (
@@ -148,8 +149,13 @@ def norm_rotate_write(
     of both, and `write_rows` of k and v: in their bits, and in one kernel. -> q (N, Hq, D), new.
 
     q, k and v may lie side by side in one tensor. Only where `writes_in_one_pass`; raises ValueError for shapes that
-    do not fit.
+    do not fit, and where there is no such kernel.
     """
+    if not gpu.serves(q):
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype} on {q.device} is norm_rotate_write's where writes_in_one_pass says so; use "
+            "rms_norm, rotate and write_rows"
+        )
     from rlhf.kernels import kv_triton
 
     _check_new(k_pages, v_pages, k, v, rows)
@@ -189,7 +195,7 @@ def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_scales: KvScale
         raise ValueError(
             f"k_pages {tuple(shape)} with strides {k_pages.stride()} and v_pages with {v_pages.stride()}: pages must be contiguous"
         )
-    if k_pages.data_ptr() % PAGE_BYTES or v_pages.data_ptr() % PAGE_BYTES:
+    if native.plain(k_pages, v_pages) and (k_pages.data_ptr() | v_pages.data_ptr()) % PAGE_BYTES:
         raise ValueError(
             f"k_pages {tuple(shape)} and v_pages {tuple(v_pages.shape)} begin at {k_pages.data_ptr()} and {v_pages.data_ptr()}: "
             f"pages must begin at a multiple of {PAGE_BYTES} bytes"
@@ -240,9 +246,22 @@ def _check_new(
         )
 
 
-def _is_native(pages: torch.Tensor, x: torch.Tensor, scales: torch.Tensor | None) -> bool:
+def _check_rows(rows: torch.Tensor, pages: torch.Tensor) -> None:
+    """Raise ValueError for rows (N*Hkv,) on a CPU that are not in the pages (P, Hkv, page, D)."""
+    if not native.plain(rows):
+        return
+    end = pages.numel() // pages.shape[3]
+    if native.library("attention") is not None:  # this is asked in every layer
+        native.function("attention", "check_rows")(rows.data_ptr(), len(rows), end)
+    elif len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < end:
+        raise ValueError(
+            f"rows from {int(rows.min())} to {int(rows.max())} of pages that have 0 to {end - 1}"
+        )
+
+
+def _is_native(pages: torch.Tensor, x: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor) -> bool:
     fits = scales is None or (x.shape[-1] % 16 == 0 and x.dtype in (torch.float32, torch.bfloat16))
-    return fits and native.library("attention") is not None
+    return fits and native.plain(pages, x, scales, rows) and native.library("attention") is not None
 
 
 def _write_native(

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include "builtin.h"
 #include "lanes.h"
@@ -235,9 +236,29 @@ void beside(const Call& call, int64_t row, int64_t count, X* to) {
   }
 }
 
+// How rows are cut into tiles of at most kMost. Of 7 rows and 2 vectors of outputs GCC does not keep the products of pairs in
+// registers: there is no such tile. The bits do not depend on the cut.
+template <typename X, typename Bits>
+struct Cut {
+  static constexpr int64_t kMost = 12;
+  static constexpr bool kIsOfPairs = HAS_PAIRS && std::is_same<X, Bf16>::value;
+  static constexpr bool kReadsTwo = std::is_same<Bits, Bits4>::value;  // vectors at least
+  static constexpr int kVectorsOf7 = kIsOfPairs && !kReadsTwo ? 1 : 2;
+  int64_t rows, tiles;
+
+  explicit Cut(int64_t rows)
+      : rows(rows), tiles(kIsOfPairs && kReadsTwo && rows == 7 ? 2 : (rows + kMost - 1) / kMost) {}
+  int64_t begin(int64_t tile) const {
+    const int64_t even = rows * tile / tiles;
+    if (tile != 1 || tiles != 2) return even;
+    return rows == 7 ? 4 : rows == 13 || rows == 15 ? 5 : rows == 14 ? 6 : even;
+  }
+};
+
 // Tile number `t` of the `tiles` that the rows are cut into.
 template <typename X, typename Bits>
 void rows_of_block(const Call& call, const X* x, int64_t row, int64_t count, int64_t output, int64_t t, int64_t tiles) {
+  constexpr int kVectorsOf7 = Cut<X, Bits>::kVectorsOf7;
   const int64_t bytes = call.in / 2 * Bits::kPairBytes;
   const uint8_t* following = static_cast<const uint8_t*>(call.weights) + (output / kBlock + 1) * bytes;
 #define TILE(rows, vectors)                                                                          \
@@ -252,32 +273,34 @@ void rows_of_block(const Call& call, const X* x, int64_t row, int64_t count, int
     break;
   switch (count) {
     TILE(1, 4) TILE(2, 4) TILE(3, 4) TILE(4, 4) TILE(5, 4)
-    TILE(6, 2) TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
+    TILE(6, 2) TILE(7, kVectorsOf7) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
   }
 #undef TILE
 }
 
 template <typename X, typename Bits>
 void linear(const Call& call, int threads) {
-  constexpr int64_t kMost = 12;
+  constexpr int64_t kMost = Cut<X, Bits>::kMost;
   const int64_t blocks = (call.outs + kBlock - 1) / kBlock;
   const int64_t part = std::min(call.rows, std::max(kMost, kAtOnce / call.in / kMost * kMost));
   const std::unique_ptr<X[]> copy(call.rows == 1 ? nullptr : new X[part * call.in]);
   for (int64_t first = 0; first < call.rows; first += part) {
-    const int64_t rows = std::min(part, call.rows - first), tiles = (rows + kMost - 1) / kMost;
+    const int64_t rows = std::min(part, call.rows - first);
+    const Cut<X, Bits> cut(rows);
+    const int64_t tiles = cut.tiles;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       if (copy) {
 #pragma omp for
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+          const int64_t from = cut.begin(t), to = cut.begin(t + 1);
           beside(call, first + from, to - from, copy.get() + from * call.in);
         }
       }
 #pragma omp for
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+          const int64_t from = cut.begin(t), to = cut.begin(t + 1);
           const X* x = copy ? copy.get() + from * call.in : static_cast<const X*>(call.x);
           rows_of_block<X, Bits>(call, x, first + from, to - from, block * kBlock, t, tiles);
         }

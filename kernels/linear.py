@@ -160,16 +160,20 @@ def linear(
         )
     given = (x, weight) if bias is None else (x, weight, bias)
     try:
-        if packed is None and not (gpu.serves(*given) and x.numel() and weight.numel()):
+        if packed is None and not (_is_triton(*given) and x.numel() and weight.numel()):
             took("linear", TORCH)
             return F.linear(x, weight, bias)
         needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and needs_grad:
             return _Linear.apply(x, weight, bias, packed)
         return _forward(x, weight, bias, packed)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, ValueError):
         _check(x, weight, bias)  # only now: this runs some thousand times a step, and torch refuses the same
         raise
+
+
+def _is_triton(*tensors: torch.Tensor) -> bool:
+    return gpu.serves(*tensors) and gpu.holds_tiles(tensors[0])
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -207,7 +211,7 @@ def can_join(weights: Sequence[torch.Tensor], *, wholes: Sequence[int] | None = 
         return False
     if all(map(can_pack, weights)):
         return True
-    if not gpu.serves(*weights) or not all(w.numel() for w in weights):
+    if not _is_triton(*weights) or not all(w.numel() for w in weights):
         return False
     from rlhf.kernels import matmul_triton
 
@@ -247,6 +251,8 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     """`linear` with the pack alone, without gradient. A column does not depend on the columns beside it, so a
     pack of concatenated weights gives each weight's own bits."""
     few, shape = packed.__dict__.get("few") or _FewRows(packed), x.shape
+    if not shape:
+        raise ValueError(f"x () is a single number; it must be (..., {few.inner})")
     num_rows = x.numel() // few.inner
     if 0 < num_rows <= _SOME and (num_rows <= FEW_ROWS or num_rows % _SOME_STEP):
         if few.takes(x, bias) and shape[-1] == few.inner and (segment := few.segment(packed)):
@@ -285,6 +291,10 @@ class _FewRows:
     __slots__ = ("_bias_shape", "_dtype", "_found", "_threads", "address", "inner", "outs")
 
     def __init__(self, packed: torch.Tensor) -> None:
+        if packed.layout is not torch._mkldnn:
+            raise ValueError(
+                f"packed {tuple(packed.shape)} is an ordinary tensor; it must be what `pack` gives"
+            )
         self.outs, self.inner = packed.shape
         self.address, self._dtype, self._bias_shape = _address(packed), packed.dtype, packed.shape[:1]
         self._found, self._threads = 0, 0
@@ -295,9 +305,9 @@ class _FewRows:
         dtype = self._dtype
         return (
             x.dtype is dtype
-            and type(x) in native.PLAIN
             and x.is_cpu
             and (bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == self._bias_shape))
+            and native.plain(x, bias)
         )
 
     def segment(self, packed: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlhf.kernels import gpu
+from rlhf.kernels import gpu, native
 from rlhf.kernels.first_order import first_order
 from rlhf.kernels.form import ONEDNN, TORCH, TRITON, took
 from rlhf.kernels.linear import linear
@@ -51,12 +51,13 @@ def linear_logprobs(
     hidden (M, H), weight (V, H), bias (V,), targets (M,) int64; `packed` is `rlhf.kernels.linear.pack(weight)`;
     temperature > 0, a number or (M,) -> logprobs (M,), entropy (M,) or None, nats, fp32 (fp64 for fp64 inputs), with
     gradients to hidden, weight and bias. The softmax is taken in fp32; logits are of the inputs' dtype, as the head
-    gives them. Raises ValueError for shapes, dtypes and devices that do not fit, and a temperature that is not > 0.
+    gives them. Raises ValueError for shapes, dtypes and devices that do not fit, and a temperature that is not > 0 (of a
+    tensor on a CPU).
     """
     _check(hidden, weight, targets, temperature, bias)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if gpu.serves(*inputs) and all(x.numel() for x in inputs):
+    if gpu.serves(*inputs) and gpu.holds_tiles(hidden) and all(x.numel() for x in inputs):
         from rlhf.kernels import linear_logprob_triton
 
         took("log-probs of a head", TRITON)
@@ -102,6 +103,11 @@ def _check(
             )
     check_rows("hidden", hidden, targets, temperature)
     check_temperature(temperature)
+    if isinstance(temperature, torch.Tensor) and temperature.is_cpu and native.plain(temperature):
+        if not bool((temperature > 0).all()):  # elsewhere reading it would wait for the device
+            raise ValueError(
+                f"temperature {temperature.tolist()} for hidden {tuple(hidden.shape)}: all must be > 0"
+            )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden is {hidden.dtype}; it must be of a float dtype")
     for name, x in (("weight", weight), ("bias", bias)):

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChains = 4;        // sums that are made side by side
 constexpr int64_t kBlock = 2048;  // logits that are held at a time; a multiple of kChains vectors
+const Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float kLowest = -std::numeric_limits<float>::max();
 
 // Logits or slopes of one row up to a whole number of vectors; what lies beyond the end is not touched.
@@ -63,6 +64,7 @@ Row sums_of(const T* logits, int64_t width, float temperature) {
     for (int64_t i = 0; i < whole; i += kLanes) {
       Lanes x = i < count ? load_some(logits + begin + i, count - i, kNone) : spread(kNone);
       if (temperature != 1.0f) x = x / temperature;
+      if (i + kLanes > count) x = kLane < static_cast<int32_t>(count - i) ? x : spread(kNone);  // -inf / inf is none
       store(scores + i, x);
       most = larger(most, x);
     }

@@ -62,7 +62,7 @@ def token_logprobs(
     logits (M, V), targets (M,) int64 -> logprobs (M,) fp32, entropy (M,) fp32 or None, nats; both
     differentiable. The backward recomputes the softmax from the logits, so beside the logits and their
     gradient nothing of size (M, V) is kept. Raises ValueError for wrong shapes and for a number as
-    temperature that is not > 0.
+    temperature that is not > 0, and on a CPU IndexError for a target that is no token.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(
@@ -140,13 +140,15 @@ def token_rows(
 ) -> Rows:
     """`token_logprobs` without gradient, on a CPU or by torch, with what `slopes` wants to know."""
     given = logits.float() if logits.dtype == torch.float16 else logits
-    if native.serves("logprob", 0, given):  # rows of any width
+    beside = targets, temperature if isinstance(temperature, torch.Tensor) else None
+    if native.serves("logprob", 0, given) and native.plain(*beside):  # rows of any width
         check_rows("logits", given, targets, temperature)
         took("log-probs", NATIVE)
         return _native_rows(given, targets, temperature, entropy, needs_slopes)
     took("log-probs", TORCH)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    hollow = native.hollow(logits, *beside)
+    logprobs = (logits if hollow is None else hollow).new_empty(targets.shape, dtype=dtype)
     entropies = torch.empty_like(logprobs) if entropy else None
     for rows in _chunks(logits):
         chunk = log_softmax(logits[rows], of_rows(temperature, rows))
@@ -171,7 +173,7 @@ def slopes(
     already divided by the temperature.
     """
     # d logp_t / dz_j = [j = t] - p_j; dH / dz_j = -p_j (log p_j + H)
-    if rows.sums is not None:
+    if rows.sums is not None:  # which the native form gave
         return _native_slopes(logits, targets, temperature, rows, grad, grad_entropy, out)
     for part in _chunks(logits):
         scores = scaled_logits(logits[part], of_rows(temperature, part))

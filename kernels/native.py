@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf.kernels import gpu
 
@@ -29,7 +30,7 @@ _COMPILERS = ("g++", "c++")  # the sources use GCC's vector extensions
 _TIMEOUT_S = 120.0
 _LANES = 16  # numbers that a function over rows takes at once: widths are multiples of it
 _DTYPES = (torch.float32, torch.bfloat16)
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes with numbers in memory; FakeTensor has none
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes with numbers where `address` says; FakeTensor has none
 _builtin = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
     ("PyCFunction_NewEx", ctypes.pythonapi)
 )
@@ -63,8 +64,28 @@ def function(name: str, symbol: str) -> Callable[..., None]:
 
 
 def address(x: torch.Tensor | None) -> int | None:
-    """Where a tensor's numbers begin, as a function takes it; null for none."""
-    return None if x is None else x.data_ptr()
+    """Where a tensor's numbers begin, as a function takes it; null for none. Raises RuntimeError for a tensor of another class
+    than torch's own, which may have none."""
+    if x is None:
+        return None
+    if type(x) not in PLAIN:
+        raise RuntimeError(
+            f"a {type(x).__name__} {tuple(x.shape)} has no address, and what it belongs to has"
+        )
+    return x.data_ptr()
+
+
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether functions may be given the addresses of the tensors, which lie on a CPU: all are of torch's own classes."""
+    for x in tensors:  # plain code: this is asked before every operation
+        if x is not None and type(x) not in PLAIN:
+            return False
+    return True
+
+
+def hollow(*tensors: torch.Tensor | None) -> torch.Tensor | None:
+    """The first that has a shape and no numbers, as those of a FakeTensorMode and on the device "meta"; None where none is."""
+    return next((x for x in tensors if isinstance(x, FakeTensor) or x is not None and x.is_meta), None)
 
 
 def serves(name: str, width: int, *tensors: torch.Tensor) -> bool:

@@ -26,10 +26,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     _check_kinds(x=x, weight=weight)
-    if weight.shape != x.shape[-1:] and (needs_grad or weight.shape != x.shape[-2:]):
+    if weight.shape != x.shape[-1:] and (needs_grad or x.dim() != 3 or weight.shape != x.shape[1:]):
         raise ValueError(
-            f"weight {tuple(weight.shape)} for x {tuple(x.shape)}; it must be {tuple(x.shape[-1:])}, or without gradient "
-            f"{tuple(x.shape[-2:])}"
+            f"weight {tuple(weight.shape)} for x {tuple(x.shape)}; it must be {tuple(x.shape[-1:])}, or without gradient and "
+            "of x (N, heads, H) (heads, H)"
         )
     _check_width(x)
     return _RmsNorm.apply(x, weight, eps) if needs_grad else _forward(x, weight, eps)
@@ -115,7 +115,8 @@ def _native(
     width = x.shape[-1]
     x = heads_together(x) if x.dim() == 3 else x.contiguous()
     weight = weight.contiguous()  # a name keeps it alive during the call
-    tokens, heads = x.shape[:2] if x.dim() == 3 else (x.numel() // width, 1)
+    by_token = x.dim() == 3 and (weight.dim() == 2 or not x.is_contiguous())
+    tokens, heads = x.shape[:2] if by_token else (x.numel() // width, 1)  # threads share out tokens
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     run = native.function("norm", "rms_norm_forward")
     run(
@@ -126,7 +127,7 @@ def _native(
         tokens,
         heads,
         width,
-        x.stride(0) if x.dim() == 3 else width,
+        x.stride(0) if by_token else width,
         width if weight.dim() == 2 else 0,
         eps,
         x.dtype == torch.bfloat16,

@@ -5,8 +5,8 @@ Here: `quantize`, `dequantize` and `quantized_linear`. 8 bits: whole numbers fro
 -8 times its scale, whose sign it decides, or a little less where that leaves a smaller error. A zero point beside each
 scale takes as much memory as groups of half the size, which are the more accurate. On a CPU with a C++ compiler
 linear.cpp runs, on CUDA quantized_triton.py; elsewhere the weights are made whole for each product, which saves
-memory and no time. Not here: which linears of a model are quantised (`rlhf.models.quantized`), and gradients: quantised
-weights are frozen.
+memory and no time. Not here: which linears of a model are quantised (`rlhf.models.fused`), and gradients: quantised weights
+are frozen.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def quantized_linear(
     """
     _check(x, q, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if q.blocked:
+    if q.blocked and native.plain(rows, bias, q.values, q.scales):
         out = _native(rows, q, bias)
-    elif gpu.serves(x) and x.device == q.values.device:
+    elif gpu.serves(x):
         out = _triton(rows, q, bias, whole)
     else:
         took("quantized linear", TORCH)
@@ -174,7 +174,10 @@ def _rounded(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
 
 def _numbers(groups: torch.Tensor, scales: torch.Tensor, least: int, most: int) -> torch.Tensor:
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    return (groups * inverse[..., None]).round_().clamp_(least, most)
+    numbers = groups * inverse[..., None]
+    if bool(inverse.isinf().any()):  # of scales too small for it
+        numbers = torch.where(inverse.isinf()[..., None], groups / scales[..., None], numbers)
+    return numbers.round_().clamp_(least, most)
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def _filled(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _native_takes(shape: torch.Size) -> bool:
-    return shape[0] % _LANES == 0 and shape[1] % 2 == 0 and native.library("linear") is not None
+    return shape[1] % 2 == 0 and native.library("linear") is not None
 
 
 def _native(rows: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:

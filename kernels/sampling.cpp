@@ -402,12 +402,14 @@ void draw_row(const Call& call, int64_t row, Work& work) {
 
 template <typename T>
 void draw(const Call& call, int threads) {
+  Memory memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Work work;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t row = 0; row < call.rows; ++row) draw_row<T>(call, row, work);
+    for (int64_t row = 0; row < call.rows; ++row) memory.with([&] { draw_row<T>(call, row, work); });
   }
+  memory.check();
 }
 
 }  // namespace

@@ -84,7 +84,11 @@ def sample(
     logits = (logits if native_dtype else logits.float()).contiguous()
     top_p = None if top_p is None else top_p.clamp(min=_LEAST_NUCLEUS)
     cuts = _Cuts(top_k, top_p, None if min_p is None else min_p.log().float())
-    tokens, processed = _form(logits)(logits, keys, positions, temperature, cuts, banned)
+    beside = (keys, positions, temperature, top_k, top_p, min_p, *(banned or ()))
+    if not native.plain(logits, *beside) and (hollow := native.hollow(logits, *beside)) is not None:
+        floats = (hollow.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        return Sampled(hollow.new_empty(len(logits), dtype=torch.int64), *floats)
+    tokens, processed = _form(logits, *beside)(logits, keys, positions, temperature, cuts, banned)
     greedy = temperature == 0
     logprobs = _policy_logprobs(logits, tokens, torch.where(greedy, 1.0, temperature))
     if banned is not None:
@@ -134,8 +138,10 @@ def _check(
             "min_p": (0, 1),
         }.items():
             x = of_rows[name][0]
-            numbers = None if x is None else x.detach().numpy()  # which says so in a tenth of torch's time
-            if x is not None and x.numel() and not low <= numbers.min() <= numbers.max() <= high:
+            if x is None or not native.plain(x) or not x.numel():
+                continue
+            numbers = x.detach().numpy()  # which says so in a tenth of torch's time
+            if not low <= numbers.min() <= numbers.max() <= high:
                 raise ValueError(
                     f"{name} {x.tolist()} for logits {tuple(logits.shape)}: numbers must be in [{low}, {high}]"
                 )
@@ -187,10 +193,12 @@ def _cut_rows(logits: torch.Tensor, cuts: _Cuts, banned: Banned | None) -> torch
     return found
 
 
-def _form(logits: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def _form(
+    logits: torch.Tensor, *beside: torch.Tensor | None
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """What draws: tokens (R,), and their log-probs under what they were drawn from, true where `_cut_rows` is; None where
-    nothing is cut."""
-    if native.serves("sampling", 0, logits):  # of rows of any width
+    nothing is cut. `beside`: all other tensors."""
+    if native.serves("sampling", 0, logits) and native.plain(*beside):  # of rows of any width
         return _native
     return _triton if gpu.serves(logits) else _torch
 

@@ -191,8 +191,9 @@ def _pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def serves(model: torch.nn.Module) -> bool:
-    """Whether a model's steps can be recorded: on a GPU that the Triton kernels take."""
-    return gpu.serves(next(model.parameters()))
+    """Whether a model's steps can be recorded: on a GPU that all Triton kernels take."""
+    weight = next(model.parameters())
+    return gpu.serves(weight) and gpu.holds_tiles(weight, gpu.LARGEST_HEAD)
 
 
 class Recorder:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,51 @@ def test_an_engine_that_runs_compiles_nothing_more(stored, monkeypatch):
             step(queries.tolist(), contexts, int(contexts.max()) // 16 + num, stored)
     assert {launch.key for launch in launches} <= known
     assert len(launches) > 300
+
+
+@pytest.mark.parametrize(
+    ("shared", "holds"),
+    [(65_536, (False, False, False)), (101_376, (True, True, False)), (166_912, (True,) * 3)],
+)
+def test_a_small_gpu_runs_what_it_has_room_for(shared, holds, monkeypatch):
+    """Would catch: a GPU without room for the widest heads that runs no kernel at all, or one that it has no room for."""
+    about = SimpleNamespace(name="small", shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    gpu._has_shared.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert gpu.serves(x) and tuple(gpu.holds_tiles(x, dim) for dim in (0, 128, 256)) == holds
+        assert len(said) == holds[1:].count(False)
+        assert all(f"small has {shared} bytes of shared memory" in str(w.message) for w in said)
+    finally:
+        gpu._has_shared.cache_clear()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is launched there")
+@pytest.mark.parametrize(("queries", "rows"), [([1, 1], 4), ([3, 1], 12), ([1, 600], 32)])
+def test_parts_of_a_context_are_of_the_rows_there_are(queries, rows, monkeypatch):
+    """Would catch: room for 64 rows of each part of a long context where a sequence has one query."""
+    pytest.importorskip("triton")
+    from rlhf.kernels import attention_triton
+
+    shapes = []
+    monkeypatch.setattr(
+        attention_triton,
+        "launch",
+        lambda kernel, grid, *args, **options: (
+            shapes.append((grid, args[12].shape)) if options.get("SPLIT") else None
+        ),
+    )
+    contexts = [2000, 700]
+    plan = Plan(queries, contexts, page_table=np.zeros((2, 32), int), page_tokens=64)
+    q, pages = torch.zeros(sum(queries), 8, 128).bfloat16(), torch.zeros(1, 2, 64, 128).bfloat16()
+    options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None}
+    attention_triton.forward(q, pages, pages, plan, share_out=True, **options)
+    parts = sum(-(-c // attention_triton.SEGMENT) for c, n in zip(contexts, queries) if n <= 8)
+    assert shapes == [((parts, 2), (parts, 2, rows, 128))]
 
 
 @pytest.mark.parametrize("width", [24, 64])

@@ -227,9 +227,10 @@ def test_pages_and_new_tokens_that_do_not_fit_are_refused():
         attend_paged(random(1, 2, 16), k_pages, v_pages, plan, scale=1.0)
 
 
-def test_heads_of_other_kinds_are_not_written_in_one_pass():
+def test_heads_of_other_kinds_are_not_written_in_one_pass(monkeypatch):
     """Would catch: weights in fp32 that are taken for numbers of bf16."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
     q, k, cos = (random(*shape).bfloat16() for shape in ((2, 3, 32), (2, 1, 32), (2, 32)))
     pages, rows, weights = torch.zeros(1, 1, 16, 32, dtype=torch.bfloat16), torch.arange(2), random(4, 32)
 
@@ -259,3 +260,24 @@ def test_rows_that_cannot_be_written_to(rows, message):
     with pytest.raises(ValueError, match=message):
         kv.write_rows(pages, pages.clone(), x, x, rows)
     assert not pages.any()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("wrong", [-1, -(10**9), 64, 10**9])
+def test_rows_outside_the_pages_are_refused(wrong, stored):
+    """Would catch: numbers written anywhere in memory, or from the end as torch counts."""
+    k_pages, v_pages, scales = empty_pages(1, 2, 16, stored)
+    rows, x = torch.arange(8), torch.ones(4, 2, 16)
+    kv.write_rows(k_pages, v_pages, x, x, rows + 56, kv_scales=scales)  # the last there are
+    rows[5] = wrong
+    with pytest.raises(ValueError, match=rf"row.*{wrong}.*64|rows from.*to.*63"):
+        kv.write_rows(k_pages, v_pages, x, x, rows, kv_scales=scales)
+
+
+def test_one_pass_is_a_gpus(form):
+    """Would catch: a search for a GPU's driver on a machine without one."""
+    if form == "triton":
+        pytest.skip("served there")
+    pages, x, cos = torch.zeros(1, 2, 16, 16), torch.ones(2, 2, 16), torch.ones(2, 16)
+    with pytest.raises(ValueError, match=r"q \(2, 2, 16\) torch.float32 on cpu is norm_rotate_write's where"):
+        norm_rotate_write(x, x, x, pages, pages.clone(), torch.arange(4), cos=cos, sin=cos)

@@ -51,7 +51,7 @@ def test_row_does_not_depend_on_number_of_rows(shape, dtype, threads, few, monke
     x, weight, bias = make(shape, dtype)
     packed = pack(weight)
     expected = linear(x, weight, bias, packed)
-    for rows in (1, 2, 3, 5, 8, 17, 33, 100, 257, 1025):
+    for rows in (1, 2, 3, 5, 7, 8, 13, 14, 15, 17, 33, 100, 257, 1025):
         for start in (0, 11):
             got = linear(x[start : start + rows], weight, bias, packed)
             assert torch.equal(got, expected[start : start + rows]), rows
@@ -126,6 +126,12 @@ def test_few_rows_that_do_not_fit_are_refused():
     ):
         with pytest.raises(RuntimeError):
             packed_linear(x, packed, bias)
+    with pytest.raises(ValueError, match=r"x \(\) is a single number"):
+        packed_linear(torch.zeros(()), packed)
+    weight = torch.zeros(64, 32)
+    for call in (lambda: packed_linear(weight, weight), lambda: linear(weight, weight, None, weight.clone())):
+        with pytest.raises(ValueError, match=r"packed \(64, 32\) is an ordinary tensor"):
+            call()
 
 
 def test_few_rows_take_the_kernel_for_few():

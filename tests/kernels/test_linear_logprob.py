@@ -188,6 +188,12 @@ def test_bad_arguments_are_named():
         ("on meta", (hidden, weight.to("meta"), targets), {}),
         ("temperature=0", (hidden, weight, targets, 0), {}),
         (r"temperature \(1,\)", (hidden, weight, targets, torch.ones(1)), {}),
+        (
+            r"temperature \[1.0, 0.0\] .* all must be > 0",
+            (hidden, weight, targets, torch.tensor([1.0, 0.0])),
+            {},
+        ),
+        (r"temperature \[nan, 1.0\]", (hidden, weight, targets, torch.tensor([float("nan"), 1.0])), {}),
     ):
         with pytest.raises(ValueError, match=problem):
             linear_logprobs(*arguments, **options)

@@ -257,3 +257,12 @@ def test_a_masked_block_of_tokens_has_no_part(low, temperature, interpreting):
     assert torch.allclose(logprobs.double(), every[torch.arange(2), [3, 7]], atol=1e-5)
     assert torch.allclose(entropy.double(), -(every.exp() * every).sum(-1), atol=1e-5)
     assert torch.isfinite(logits.grad).all() and (logits.grad[:, 256:512] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [7, 64, 1003, 2100])
+def test_an_infinite_temperature_makes_all_tokens_alike(vocab, cpu_form):
+    """Would catch: what fills the last vector of a row, divided by infinity: no number, in the sum of all."""
+    logits, targets = torch.randn(3, vocab), torch.tensor([0, 1, vocab - 1])
+    logprobs, entropies = token_logprobs(logits, targets, float("inf"), entropy=True)
+    want = torch.full((3,), float(vocab)).log()
+    assert torch.allclose(logprobs, -want) and torch.allclose(entropies, want)

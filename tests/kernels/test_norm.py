@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rlhf.kernels import native
 from rlhf.kernels.norm import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -106,6 +107,21 @@ def test_heads_beside_others_with_a_weight_each(dtype):
         assert torch.equal(together[:, head], rms_norm(x[:, head].contiguous(), weights[head], EPS))
 
 
+def test_one_sequence_is_rows_to_share_out(form, monkeypatch):
+    """Would catch: a batch of one sequence that one thread norms, as if its tokens were heads of one."""
+    x, weight = make((40, 48), torch.float32)
+    want = rms_norm(x, weight, EPS)
+    assert torch.equal(rms_norm(x[None], weight, EPS)[0], want)
+    if form != "native":
+        return
+    given = []
+    monkeypatch.setattr(native, "function", lambda *name: lambda *arguments: given.append(arguments[4:8]))
+    for shape in ((40, 48), (1, 40, 48), (5, 8, 48), (2, 4, 5, 48)):
+        rms_norm(x.view(shape), weight, EPS)
+    rms_norm(x.view(5, 8, 48)[:, :3], weight, EPS)  # heads beside others
+    assert given == [(40, 1, 48, 48)] * 4 + [(5, 3, 48, 8 * 48)]
+
+
 def test_frozen_weight_and_frozen_input():
     """Would catch: a backward that fails where only an adapter is trained."""
     x, weight = make((4, 8), torch.float32)
@@ -136,6 +152,12 @@ def test_what_does_not_fit_is_refused():
         rms_norm(x, weight[:31], EPS)
     with pytest.raises(ValueError, match=r"weight \(6, 32\)"):
         rms_norm(x, weight.expand(6, -1).clone().requires_grad_(), EPS)
+    for many, weights in (
+        (x[None], (6, 32)),
+        (x[:, 0], (4, 32)),
+    ):  # the kernels know heads of (N, heads, H) only
+        with pytest.raises(ValueError, match=re.escape(f"weight {weights} for x {tuple(many.shape)}")):
+            rms_norm(many, torch.ones(weights), EPS)
     for shape in ((), (3, 0)):
         nothing, same = torch.ones(shape), torch.ones(shape[-1:])
         for norm, given in ((rms_norm, (nothing, same)), (add_rms_norm, (nothing, nothing, same))):

@@ -157,6 +157,30 @@ def test_sizes_that_the_native_form_does_not_take_run_in_torch(form):
     torch.testing.assert_close(quantized_linear(x, q, bias), x @ dequantize(q).T + bias)
 
 
+@pytest.mark.parametrize("outs", [1, 63, 65, 100])
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_any_number_of_outputs(outs, bits, group, form):
+    """Would catch: a weight whose number of outputs is no multiple of 16 that is made whole for each product; and the end of
+    a row of outputs, written beyond or not at all."""
+    x, weight, bias = make(outs, 256, rows=5)
+    q = quantize(weight, bits, group)
+    assert q.blocked == (form == "native")
+    whole = dequantize(q)
+    assert whole.shape == weight.shape
+    torch.testing.assert_close(quantized_linear(x, q, bias), x @ whole.T + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-41])
+def test_tiny_weights_are_rounded_too(size):
+    """Would catch: a scale whose inverse is infinite, and weights that all become the largest number or none."""
+    weight = torch.linspace(-1, 1, 128).mul(size).repeat(64, 1)
+    weight[0] = 0
+    weight[2] = torch.linspace(-1, 1, 128)  # beside them
+    whole = dequantize(quantize(weight, 8)).double()
+    error = (whole - weight.double()).abs().amax(1)
+    assert error[1] <= 0.006 * size and error[2] <= 0.005 and not whole[0].any()
+
+
 def test_rows_that_could_have_a_gradient_run_without():
     """Would catch: weights that are refused in the engine, which runs without gradients."""
     x, weight, _ = make(16, 64, rows=2)

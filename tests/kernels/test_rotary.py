@@ -47,7 +47,7 @@ def test_in_place_alone_and_among_others_give_the_same_bits(dim, dtype, shared_o
     assert torch.equal(x[:, :5], torch.cat(apart, 1)) and torch.equal(x[:, 5], v)
 
 
-def test_heads_apart_in_memory_and_shapes_that_do_not_fit():
+def test_heads_apart_in_memory_and_shapes_that_are_refused():
     """Would catch: numbers between the heads that are rotated too; memory beyond the end of cos."""
     x, cos, sin, _ = make(5, 6, 32, torch.float32)
     every_other, between = x[:, ::2], x[:, 1::2].clone()

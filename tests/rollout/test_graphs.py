@@ -91,6 +91,7 @@ def recorded(monkeypatch):
         return replay
 
     monkeypatch.setattr(native, "library", lambda name: None)
+    monkeypatch.setattr(native, "PLAIN", ())  # nothing by numpy, which would not be recorded
     monkeypatch.setattr(gpu, "serves", interpreter.serves)
     monkeypatch.setattr(linear_kernel, "can_pack", lambda weight: False)
     monkeypatch.setattr(sampling, "_check", lambda *given: None)  # on a CPU it reads the numbers
