@@ -83,12 +83,6 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.
     return whole.view(q.shape).to(dtype)
 
 
-def same_form(part: tuple[int, int], whole: tuple[int, int]) -> bool:
-    """Whether `part` of a weight's rows gives the bits of the `whole` (out, in) one, quantised: both in the native form, or
-    neither. On CUDA `quantized_linear` is told of the whole."""
-    return _native_takes(torch.Size(part)) == _native_takes(torch.Size(whole))
-
-
 def quantized_linear(
     x: torch.Tensor, q: QuantizedWeight, bias: torch.Tensor | None = None, *, whole: int | None = None
 ) -> torch.Tensor:

@@ -25,7 +25,7 @@ from rlhf.kernels.decoder import MOST_TOKENS, Layers, LayerWeights, Weight, buil
 from rlhf.kernels.layout import Noted
 from rlhf.kernels.linear import can_join, joined_linear, one_below_another, pack, packed_linear
 from rlhf.kernels.norm import add_rms_norm, rms_norm
-from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear, same_form
+from rlhf.kernels.quantized import QuantizedWeight, can_quantize, quantize, quantized_linear
 from rlhf.kernels.rotary import rotate_
 from rlhf.models.adapters import AdapterRows, add_changes
 from rlhf.models.attention import PackedContext, PagedContext, StepContext, use_context
@@ -55,7 +55,7 @@ class StepForward:
         if bits is not None and (self._decoder is None or not self._decoder.quantize(bits)):
             raise ValueError(
                 f"weights of {bits} bits: the model is not a decoder of Llama's kind with plain linears (adapters are not) that are "
-                "on the device, for 4 bits of sizes that are multiples of 64, in each of several processes of multiples of 16; "
+                "on the device, for 4 bits of sizes that are multiples of 64; "
                 "set rollout.weights: auto"
             )
         self.refresh()
@@ -415,10 +415,7 @@ class _Joined:
         weights, wholes = [m.weight for m in self.linears], [whole_outputs(m) for m in self.linears]
         if bits is None:
             return can_join(weights, wholes=wholes)
-        outs, inner = sum(map(len, weights)), first.in_features
-        return all(can_quantize(tuple(w.shape), bits) for w in weights) and same_form(
-            (outs, inner), (sum(wholes), inner)
-        )
+        return all(can_quantize(tuple(w.shape), bits) for w in weights)
 
 
 def _normed(x: torch.Tensor, norm: FastRMSNorm, change: torch.Tensor | None) -> torch.Tensor:

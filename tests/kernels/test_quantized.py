@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.kernels.quantized import can_quantize, dequantize, quantize, quantized_linear, same_form
+from rlhf.kernels.quantized import can_quantize, dequantize, quantize, quantized_linear
 
 FORMATS = [(8, 32), (4, 32), (4, 64), (4, 128)]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -86,11 +86,9 @@ def test_a_part_of_a_weight_has_the_bits_of_the_whole(form, bits, group, monkeyp
 
         monkeypatch.setattr(quantized_triton, "_FULL", 6)  # 2 segments of the whole, 6 of a part
     whole = quantized_linear(x, quantize(weight, bits, group), bias)
-    for part in (slice(0, 64), slice(64, 192)):
+    for part in (slice(0, 64), slice(64, 136), slice(136, 192)):
         own = quantize(weight[part], bits, group)
-        assert same_form(own.shape, (192, 1024))
         assert torch.equal(quantized_linear(x, own, bias[part], whole=192), whole[:, part])
-    assert same_form((64, 1024), (68, 1024)) == (form != "native")
 
 
 def test_rows_beyond_what_is_read_at_once(form):

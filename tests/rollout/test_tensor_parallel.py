@@ -171,13 +171,3 @@ def test_what_cannot_be_split_is_refused():
     assert before == {name: p.shape for name, p in model.named_parameters()}  # refused before it was touched
     swap_modules(model)
     assert shard(model, Rank()).lm_head.rows == Rows(0, 25, 51)
-
-
-def test_narrow_parts_of_rounded_weights_are_refused():
-    """Would catch: a part whose product runs in another form than the whole one's."""
-    model = shard(ranks.build("llama", intermediate_size=144), Rank())
-    from rlhf.models.fused import _Joined
-
-    joined = _Joined("x", gate_proj=model.model.layers[0].mlp.gate_proj)
-    joined.bits = 8
-    assert not joined.can_join()
