@@ -134,8 +134,9 @@ def test_every_head_size_in_fp32(dim, options):
 def test_groups_and_bf16(dtype, heads):
     """Would catch: rows of a group taken for queries, gradients of bf16 that are added up in bf16."""
     inputs = [x.to(dtype).double() for x in make(LENGTHS, heads, torch.float64, dim=32)]
-    tolerances = (2e-5, 2e-4) if dtype == torch.float32 else (2e-2, 5e-2)
-    compare_with_slow(inputs, dtype, {"window": 20, "sinks": True}, *tolerances)
+    tolerance, of_grad = (2e-5, 2e-4) if dtype == torch.float32 else (2e-2, 5e-2)
+    of_grad *= max(1.0, heads[0] / heads[1] / 4) ** 0.5  # as many heads' roundings add up in the gradient of a key
+    compare_with_slow(inputs, dtype, {"window": 20, "sinks": True}, tolerance, of_grad)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9, "sinks": True}], ids=str)
